@@ -1,0 +1,1 @@
+"""DEVICE HALF: measures bundles; never torch, transformers, optimum or onnx."""

@@ -1,0 +1,1 @@
+"""DEVICE HALF: runs bundles; never torch, transformers, optimum or onnx."""

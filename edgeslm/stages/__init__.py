@@ -1,0 +1,1 @@
+"""WORKSTATION HALF: makes bundles; may import torch."""
