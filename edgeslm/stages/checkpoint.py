@@ -1,0 +1,434 @@
+"""Where a model comes from: a Hugging Face directory or hub id, a GGUF file, a PEFT adapter, a package.
+
+Every file is checked by edgeslm's own readers before a native loader sees it, and weights in
+pickle files are refused, since loading one runs the code in it.  torch loads only in `load`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgeslm.bundle import file_sha256, open_bundle
+from edgeslm.errors import ModelError
+from edgeslm.gguf_file import GgufFile, read_gguf
+from edgeslm.progress import Progress, Quiet
+from edgeslm.safetensors_file import read_checkpoint, read_safetensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MODEL_FILES = (
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.jinja",
+    "*.txt",
+    "tokenizer*",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""Files of a model directory that edgeslm reads: what is fetched from a hub."""
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+    "chat_template.*",
+)
+CONTENT_FILES = ("config.json", "generation_config.json", "*.safetensors*", *TOKENIZER_FILES)
+"""Files whose bytes decide what an export holds: what `Checkpoint.digest` covers."""
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_HINT = (
+    "load it once where you trust it and save it with transformers' model.save_pretrained(DIR, "
+    "safe_serialization=True)"
+)
+UNQUANTIZED = {"F64", "F32", "F16", "BF16"}
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+(?:@[\w./-]+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model that passed the structural checks.
+
+    path: a Hugging Face directory ("hf") or a .gguf file ("gguf").  source: as the user wrote it.
+    warnings: what the user should know about the source, such as the loss that it already has.
+    """
+
+    path: Path
+    kind: Literal["hf", "gguf"]
+    name: str
+    source: str
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over names and bytes of the files that decide what an export holds."""
+        if self.kind == "gguf":
+            return file_sha256(self.path)
+        total = hashlib.sha256()
+        for path in sorted(_matching(self.path, CONTENT_FILES)):
+            total.update(f"{path.name}\0{file_sha256(path)}\n".encode())
+        return total.hexdigest()
+
+    @cached_property
+    def parameters(self) -> int:
+        """Elements of all tensors that the files hold."""
+        if self.kind == "gguf":
+            return sum(tensor.parameters for tensor in read_gguf(self.path).tensors.values())
+        return sum(_elements(tensor.shape) for tensor in read_checkpoint(self.path).values())
+
+    def config(self) -> dict[str, Any]:
+        """config.json of a Hugging Face directory; a GGUF file has none (read its fields)."""
+        if self.kind == "gguf":
+            raise ModelError(f"{self.path.name}: a GGUF file has no config.json")
+        return read_json(self.path / "config.json")
+
+    def licence_files(self) -> list[Path]:
+        """The model's own licence and notice, to be passed on with it."""
+        return sorted(_matching(self.path, ("LICENSE*", "NOTICE*"))) if self.kind == "hf" else []
+
+    def load(self, *, memory_bytes: int | None = None) -> Any:
+        """The model in torch: float32, in evaluation mode, on the CPU.
+
+        memory_bytes: what may be used; None: what this machine has free.  Raises ModelError before
+        loading when the weights do not fit, and when transformers does not know the architecture.
+        """
+        self._check_memory(_free_memory_bytes() if memory_bytes is None else memory_bytes)
+        try:
+            import torch
+            from transformers import AutoModelForCausalLM
+        except ImportError as error:
+            raise ModelError(
+                f"{self.name}: loading it needs {error.name}", hint="pip install 'edgeslm[workstation]'"
+            ) from error
+        where = self.path if self.kind == "hf" else self.path.parent
+        file = {} if self.kind == "hf" else {"gguf_file": self.path.name}
+        try:
+            with _silent_transformers():
+                model = AutoModelForCausalLM.from_pretrained(
+                    where,
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    **file,
+                )
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+            raise ModelError(
+                f"{self.name}: transformers can't load it: {_first_line(error)}",
+                hint="check config.json against the weights"
+                if self.kind == "hf"
+                else "use the Hugging Face directory that the file was made of",
+            ) from error
+        return model.float().eval()
+
+    def tokenizer(self) -> Any:
+        """A tokenizer of transformers for this model; for a GGUF file, built of the file's own vocabulary."""
+        if self.kind == "gguf":
+            from edgeslm.stages.gguf_tokenizer import build_tokenizer
+
+            return build_tokenizer(read_gguf(self.path))
+        from transformers import AutoTokenizer
+
+        try:
+            with _silent_transformers():
+                return AutoTokenizer.from_pretrained(
+                    self.path, local_files_only=True, trust_remote_code=False
+                )
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ModelError(
+                f"{self.name}: no usable tokenizer: {_first_line(error)}",
+                hint="put tokenizer.json (or tokenizer.model) and tokenizer_config.json beside config.json",
+            ) from error
+
+    def _check_memory(self, memory_bytes: int) -> None:
+        needed = self.parameters * 4
+        if needed > memory_bytes:
+            raise ModelError(
+                f"{self.name}: {self.parameters / 1e6:,.0f} M parameters in float32 need "
+                f"{needed / 2**30:.1f} GiB, {memory_bytes / 2**30:.1f} GiB are free",
+                hint="quantize without calibration, which streams tensor by tensor, or give an importance "
+                "matrix made elsewhere",
+            )
+
+
+def resolve(
+    source: str, *, base: Path | None = None, work: Path | None = None, progress: Progress | None = None
+) -> Checkpoint:
+    """The checkpoint that `source` names.
+
+    source: a Hugging Face directory, hub id[@revision], .gguf file, bundle, PEFT adapter directory
+    or pkg://package/path.  base: what relative paths start from.  work: where an adapter is merged.
+    Raises ModelError for what is missing, damaged or held in pickle files.
+    """
+    base, progress = base or Path(), progress or Quiet()
+    if source.startswith("pkg://"):
+        checkpoint = _local(package_path(source), source, work, progress)
+    elif (path := base / Path(source).expanduser()).exists():
+        checkpoint = _local(path, source, work, progress)
+    elif HUB_ID.fullmatch(source) and not source.endswith((".gguf", *PICKLES)):
+        checkpoint = _from_hub(source, work, progress)
+    else:
+        raise ModelError(
+            f"no model at {path}",
+            hint="give a Hugging Face directory, a hub id (organization/name), a .gguf file or pkg://package/path",
+        )
+    for warning in checkpoint.warnings:
+        progress.note(f"warning: {warning}")
+    return checkpoint
+
+
+def package_path(source: str) -> Path:
+    """The file or directory that pkg://package/path names, found without importing the package."""
+    package, _, inside = source.removeprefix("pkg://").partition("/")
+    parts = PurePosixPath(inside).parts
+    if not package.isidentifier() or ".." in parts or PurePosixPath(inside).is_absolute():
+        raise ModelError(f"{source!r} is not pkg://package/path/inside")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"{source}: the package {package} is not installed",
+            hint=f"pip install {package.replace('_', '-')}",
+        )
+    for location in spec.submodule_search_locations:
+        if (path := Path(location, *parts)).exists():
+            return path
+    raise ModelError(f"{source}: the package {package} holds no {inside}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model directory."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent.name}: {path.name} is missing") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ModelError(f"{path}: not JSON: {_first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: holds {type(value).__name__}, not an object")
+    return value
+
+
+def _local(path: Path, source: str, work: Path | None, progress: Progress) -> Checkpoint:
+    """A file or directory that exists."""
+    if path.is_dir():
+        if (path / "adapter_config.json").exists():
+            return _merge_adapter(path, source, work, progress)
+        if (path / "manifest.json").exists() and not (path / "config.json").exists():
+            return _gguf(open_bundle(path).weights, source)
+        return _directory(path, source)
+    if path.suffix in PICKLES:
+        raise ModelError(f"{path.name}: pickle weights run code when they are loaded", hint=PICKLE_HINT)
+    if path.suffix == ".safetensors":
+        raise ModelError(
+            f"{path.name}: weights alone are not a model", hint=f"give the directory, {path.resolve().parent}"
+        )
+    return _gguf(path, source)
+
+
+def _directory(path: Path, source: str) -> Checkpoint:
+    if not (path / "config.json").exists():
+        found = sorted(file.name for file in path.glob("*.gguf"))
+        raise ModelError(
+            f"{path}: no config.json, so this is no model directory",
+            hint=f"name the file: {path / found[0]}"
+            if found
+            else "give the directory that save_pretrained wrote",
+        )
+    read_json(path / "config.json")
+    read_checkpoint(path)
+    return Checkpoint(path=path, kind="hf", name=path.resolve().name, source=source)
+
+
+def _gguf(path: Path, source: str) -> Checkpoint:
+    file = read_gguf(path)
+    kind = file.get("general.type", "model")
+    if kind != "model":
+        raise ModelError(f"{path.name}: a GGUF file of the type {kind!r}, not a model")
+    if not file.tensors:
+        raise ModelError(f"{path.name}: holds no tensors", hint="a vocabulary-only file can't be quantized")
+    loss = _loss(file)
+    return Checkpoint(
+        path=path,
+        kind="gguf",
+        name=str(file.get("general.name") or path.stem),
+        source=source,
+        warnings=(f"{path.name}: {loss}",) if loss else (),
+    )
+
+
+def _loss(file: GgufFile) -> str:
+    """What an already quantized file has lost, or ""."""
+    sizes: dict[str, int] = {}
+    for tensor in file.tensors.values():
+        sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.parameters
+    if set(sizes) <= UNQUANTIZED:
+        return ""
+    main = max((name for name in sizes if name not in UNQUANTIZED), key=lambda name: sizes[name])
+    bits = 8 * sum(tensor.nbytes for tensor in file.tensors.values()) / sum(sizes.values())
+    return (
+        f"its weights are already quantized to {main} ({bits:.2f} bits per weight): every figure is "
+        "relative to these weights"
+    )
+
+
+def _from_hub(source: str, work: Path | None, progress: Progress) -> Checkpoint:
+    """Fetch organization/name[@revision] into the hub's cache, or take it from there."""
+    repository, _, revision = source.partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+    except ImportError as error:
+        raise ModelError(
+            f"{source}: no such directory, and fetching from a hub needs huggingface_hub",
+            hint="pip install 'edgeslm[workstation]'",
+        ) from error
+    try:
+        path = snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=list(MODEL_FILES),
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except GatedRepoError as error:
+        hint = f"accept its terms at https://huggingface.co/{repository}, then run: hf auth login"
+        raise ModelError(f"{source}: the hub gives access on request only", hint=hint) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{source}: the hub has no revision {revision!r}") from error
+    except LocalEntryNotFoundError as error:
+        hint = "go online once, or copy the model here and give its directory"
+        raise ModelError(
+            f"{source}: no such directory, not in the cache, and no hub in reach", hint=hint
+        ) from error
+    except RepositoryNotFoundError as error:
+        hint = "check the spelling; for a private model run: hf auth login"
+        raise ModelError(f"{source}: no such directory, and the hub has no such model", hint=hint) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelError(f"{source}: fetching it failed: {_first_line(error)}") from error
+    found = Path(path)
+    if not any(found.glob("*.safetensors")):
+        raise ModelError(f"{source}: the repository holds no safetensors weights", hint=PICKLE_HINT)
+    return replace(_local(found, source, work, progress), name=repository.rpartition("/")[2])
+
+
+def _merge_adapter(path: Path, source: str, work: Path | None, progress: Progress) -> Checkpoint:
+    """The base model with the PEFT adapter's weights added, as float32 safetensors in `work`."""
+    base = _adapter_base(path, work, progress)
+    if work is None:
+        raise ModelError(f"{source}: merging an adapter needs a working directory")
+    key = hashlib.sha256(base.digest.encode())
+    for file in sorted(
+        _matching(path, ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES))
+    ):
+        key.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+    out = work / f"merged-{key.hexdigest()[:16]}"
+    if not out.exists():
+        progress.note(f"merging the adapter {path.name} into {base.name}")
+        beside = out.with_name(out.name + ".part")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        _write_merged(path, base, beside)
+        beside.rename(out)
+    return replace(_directory(out, source), name=path.resolve().name, warnings=base.warnings)
+
+
+def _adapter_base(path: Path, work: Path | None, progress: Progress) -> Checkpoint:
+    """The checkpoint that the adapter's configuration names, searched beside the adapter first."""
+    name = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"{path / 'adapter_config.json'}: base_model_name_or_path is missing")
+    weights = path / "adapter_model.safetensors"
+    if not weights.exists():
+        raise ModelError(
+            f"{path}: no adapter_model.safetensors",
+            hint="save the adapter again with peft's save_pretrained(DIR, safe_serialization=True)",
+        )
+    read_safetensors(weights)
+    if (path / name).resolve() == path.resolve():
+        raise ModelError(f"{path}: the adapter names itself as its base")
+    beside = path if (path / name).exists() else None
+    base = resolve(name, base=beside, work=work, progress=progress)
+    if base.kind != "hf":
+        raise ModelError(
+            f"{path}: the adapter's base {name} is a GGUF file", hint="merge it into a Hugging Face directory"
+        )
+    return base
+
+
+def _write_merged(path: Path, base: Checkpoint, out: Path) -> None:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError(
+            f"{path}: merging an adapter needs peft", hint="pip install 'edgeslm[workstation]'"
+        ) from error
+    model = base.load()
+    try:
+        with _silent_transformers():
+            merged = PeftModel.from_pretrained(model, str(path), torch_device="cpu").merge_and_unload(
+                safe_merge=True
+            )
+            merged.save_pretrained(out, safe_serialization=True)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: peft can't merge it into {base.name}: {_first_line(error)}") from error
+    for directory in (base.path, path):
+        for file in _matching(directory, (*TOKENIZER_FILES, "LICENSE*", "NOTICE*")):
+            shutil.copyfile(file, out / file.name)
+
+
+def _matching(directory: Path, patterns: tuple[str, ...]) -> set[Path]:
+    return {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _free_memory_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of a library's message, which may go on for pages."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers while it loads; errors still raise."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
