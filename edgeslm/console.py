@@ -1,0 +1,425 @@
+"""Records as text for a terminal: each function takes one plain record and returns lines of ASCII.
+
+A value that could not be read is n/a, a run that interference spoiled says INVALID and why.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgeslm import wording
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    Record = Mapping[str, Any]
+
+WIDTH = 100
+"""Columns that running text is wrapped at."""
+
+
+def build_text(record: Record) -> str:
+    """What a build made and how good it is; the gate's verdict and the report's path come last."""
+    quality, bench = record.get("quality") or {}, record.get("bench") or {}
+    stages = [
+        f"{stage['name']} {'skipped' if stage.get('skipped') else wording.duration(stage.get('seconds'))}"
+        for stage in record.get("stages") or ()
+    ]
+    facts = [("stages", ", ".join(stages))] if stages else []
+    facts += [
+        ("bundle", f"{record['bundle']}, {wording.size(record.get('bytes'))}"),
+        ("bits per weight", wording.significant(record.get("bits_per_weight"))),
+        *_quality_summary(quality),
+        *_speed_summary(bench),
+        ("peak RSS", _memory(bench.get("memory") or {})),
+        ("gate", _gate(record.get("gate"))),
+        ("report", str(record.get("report") or wording.NOT_AVAILABLE)),
+    ]
+    return _facts(facts)
+
+
+def quantize_text(record: Record) -> str:
+    """What was written, in which types, and every fallback with the bits it really costs."""
+    plan = record.get("quantization") or {}
+    facts = [
+        (record.get("kind") or "file", f"{record['path']}, {wording.size(record.get('bytes'))}"),
+        ("scheme", str(plan.get("scheme") or wording.NOT_AVAILABLE)),
+        ("bits per weight", wording.significant(plan.get("bits_per_weight"))),
+        ("importance", f"matrix {_digest(plan['importance'])}" if plan.get("importance") else "none"),
+        ("took", wording.duration(record.get("seconds"))),
+    ]
+    types = plan.get("types") or {}
+    rows = [
+        (name, wording.count(of.get("tensors")), wording.parameters(of.get("parameters")),
+         wording.size(of.get("bytes")), wording.bits(of))
+        for name, of in sorted(types.items(), key=lambda item: -(item[1].get("bytes") or 0))
+    ]  # fmt: skip
+    fallbacks = plan.get("fallbacks") or ()
+    parts = [_facts(facts)]
+    if rows:
+        parts.append(_table(("type", "tensors", "parameters", "size", "bits"), rows))
+    if fallbacks:
+        total = sum(of.get("tensors") or 0 for of in types.values())
+        heading = (
+            f"{len(fallbacks):,} of {wording.count(total, 'tensor')} fell back" if total else "fallbacks"
+        )
+        parts.append(_bullets(heading, wording.fallback_lines(fallbacks)))
+    if record.get("warnings"):
+        parts.append(_bullets("warnings", record["warnings"]))
+    return "\n\n".join(parts)
+
+
+def inspect_text(record: Record, *, tensors: bool = False) -> str:
+    """Facts, the kinds of tensors (or each one), estimated memory, and the traps at the end."""
+    facts = [
+        (record.get("kind") or "model", f"{record.get('path')}, {wording.size(record.get('file_bytes'))}"),
+        ("name", str(record.get("name") or wording.NOT_AVAILABLE)),
+        ("architecture", _architecture(record)),
+        ("parameters", wording.parameters(record.get("parameters"))),
+        ("bits per weight", f"{wording.significant(record.get('bits_per_weight'))} "
+                            f"({wording.size(record.get('weight_bytes'))} of weights)"),
+        ("context", wording.count(record.get("context_length"), "token")),
+        ("tokenizer", _tokenizer(record.get("tokenizer") or {})),
+    ]  # fmt: skip
+    if record.get("verified") is not None:
+        facts.append(("hashes", "all files match the manifest" if record["verified"] else "DIFFER"))
+    parts = [_facts(facts)]
+    if tensors and record.get("tensors"):
+        rows = [
+            (t["name"], " x ".join(str(extent) for extent in t.get("shape") or ()), t.get("type"),
+             wording.size(t.get("bytes")))
+            for t in record["tensors"]
+        ]  # fmt: skip
+        parts.append(_table(("tensor", "shape", "type", "size"), rows, left=(0, 2)))
+    elif record.get("kinds"):
+        kinds = [
+            (kind["kind"], _types(kind.get("types") or {}), wording.count(kind.get("tensors")),
+             wording.parameters(kind.get("parameters")), wording.size(kind.get("bytes")),
+             wording.significant(kind.get("bits_per_weight")))
+            for kind in record["kinds"]
+        ]  # fmt: skip
+        parts.append(_table(("kind", "types", "tensors", "parameters", "size", "bits"), kinds, left=(0, 1)))
+    if record.get("memory"):
+        parts.append(_memory_estimate(record["memory"]))
+    traps = [
+        f"{trap['text']}" + (f" (try: {trap['hint']})" if trap.get("hint") else "")
+        for trap in record.get("traps") or ()
+    ]
+    parts.append(_bullets("traps", traps) if traps else "traps: none found")
+    return "\n\n".join(parts)
+
+
+def quality_text(record: Record) -> str:
+    """Perplexity, KL divergence and top-1 agreement, each with its interval."""
+    artifact, reference = record.get("artifact") or {}, record.get("reference")
+    text, protocol = record.get("text") or {}, record.get("protocol") or {}
+    facts = [
+        ("artifact", f"{artifact.get('name')} ({_digest(artifact.get('digest'))})"),
+        ("reference", str(reference.get("name")) if reference else "none: perplexity only"),
+        ("text", f"{', '.join(map(str, text.get('sources') or ())) or wording.NOT_AVAILABLE}"
+                 f" ({wording.count(text.get('tokens'), 'token')})"),
+        ("protocol", f"{wording.count(protocol.get('scored_tokens'), 'token')} scored in "
+                     f"{wording.count(protocol.get('windows'), 'window')} of {protocol.get('context')}"),
+    ]  # fmt: skip
+    kl = record.get("kl_nats") or {}
+    level = f"{record.get('confidence', 0.95) * 100:g} % interval"
+    rows = [
+        ("perplexity", wording.interval(record.get("perplexity"))),
+        ("  of the reference", wording.interval(record.get("reference_perplexity"))),
+        ("  ratio", wording.interval(record.get("perplexity_ratio"))),
+        ("KL divergence, mean", wording.interval(kl.get("mean"))),
+        ("  median", wording.interval(kl.get("median"))),
+        ("  99th percentile", wording.interval(kl.get("p99"))),
+        ("  largest", wording.interval(kl.get("max"))),
+        ("top-1 agreement", wording.interval(record.get("top1_agreement"), as_percent=True)),
+    ]
+    return "\n\n".join((_facts(facts), _table(("", f"value [{level}]"), rows, left=(0, 1))))
+
+
+def bench_text(record: Record) -> str:
+    """Speed per run with its spread and ceiling, memory, and each invalid run with the reason."""
+    artifact, machine = record.get("artifact") or {}, record.get("machine") or {}
+    facts = [
+        ("artifact", f"{artifact.get('name')}, {wording.size(artifact.get('file_bytes'))}, "
+                     f"{wording.significant(artifact.get('bits_per_weight'))} bits per weight"),
+        ("machine", _machine(machine)),
+        ("bandwidth", f"{wording.bandwidth(record.get('memory_bandwidth_bytes_per_s'))} read, measured here"),
+        ("load", wording.duration(record.get("load_s"))),
+        ("peak RSS", _memory(record.get("memory") or {})),
+    ]  # fmt: skip
+    runs = record.get("runs") or ()
+    parts = [_facts(facts)]
+    for kind, header, row in (("prefill", PREFILL, _prefill_row), ("decode", DECODE, _decode_row)):
+        rows = [row(run) for run in runs if run.get("kind") == kind]
+        if rows:
+            parts.append(_table(header, rows))
+    reasons = [
+        f"{run['kind']} of {_conditions(run)}: {'; '.join(run.get('reasons') or ('no reason given',))}"
+        for run in runs
+        if not run.get("valid", True)
+    ]
+    if reasons or not record.get("valid", True):
+        # the record repeats its runs' reasons; what it has of its own comes first
+        own = [
+            reason for reason in record.get("reasons") or () if not any(reason in line for line in reasons)
+        ]
+        parts.append(_bullets("INVALID: do not quote these numbers", own + reasons))
+    return "\n\n".join(parts)
+
+
+PREFILL = ("prefill", "threads", "tokens/s", "+-", "TTFT p50", "min", "max", "")
+DECODE = ("decode", "threads", "tokens/s", "+-", "per token p50", "p95", "p99", "of ceiling", "")
+
+
+def doctor_text(record: Record) -> str:
+    """This machine, the engines with [ok] or what is wrong, and what to do about it."""
+    machine = record.get("machine") or {}
+    memory = (
+        f"{wording.size(machine.get('memory_bytes'))}, {wording.size(machine.get('memory_available_bytes'))}"
+    )
+    facts = [
+        ("processor", str(machine.get("cpu_model") or wording.NOT_AVAILABLE)),
+        ("cores", f"{machine.get('usable_cores')} usable of {machine.get('physical_cores')} physical, "
+                  f"{machine.get('logical_cores')} logical"),
+        ("instructions", " ".join(machine.get("instruction_sets") or ()) or wording.NOT_AVAILABLE),
+        ("memory", f"{memory} available"),
+        ("system", f"{machine.get('os')}, {machine.get('kernel')}, Python {machine.get('python')}"),
+        ("clock", f"{wording.frequency(machine.get('frequency_hz'))}, "
+                  f"governor {machine.get('governor') or wording.NOT_AVAILABLE}"),
+    ]  # fmt: skip
+    if machine.get("emulated"):
+        facts.append(("emulated", "yes: use this machine for correctness, not for timing"))
+    engines = [
+        (_mark(engine), engine["name"], engine.get("version") or "not installed", engine.get("detail") or "")
+        for engine in record.get("engines") or ()
+    ]
+    parts = [_facts(facts)]
+    if engines:
+        parts.append(_table(("", "engine", "version", ""), engines, left=(0, 1, 2, 3)))
+    if record.get("advice"):
+        parts.append(_bullets("advice", record["advice"]))
+    return "\n\n".join(parts)
+
+
+def devices_text(record: Record) -> str:
+    """All profiles in a table, or one profile with the source of every value."""
+    devices = record.get("devices") or []
+    if len(devices) == 1:
+        return _facts(_flat(devices[0]))
+    rows = [
+        (device["name"], str(device.get("cores")), wording.size(device.get("memory_bytes")),
+         wording.bandwidth(device.get("memory_bandwidth_bytes_per_s")), device.get("description") or "")
+        for device in devices
+    ]  # fmt: skip
+    return _table(("device", "cores", "memory", "bandwidth", ""), rows, left=(0, 4))
+
+
+def paths_text(record: Record) -> str:
+    """The files that a command wrote, one a line."""
+    return _facts([(key, str(record[key])) for key in ("html", "markdown", "json") if record.get(key)])
+
+
+def _quality_summary(quality: Record) -> list[tuple[str, str]]:
+    if not quality:
+        return [("quality", "not measured")]
+    protocol, reference = quality.get("protocol") or {}, quality.get("reference")
+    measured = f"{wording.count(protocol.get('scored_tokens'), 'token')} of held-out text"
+    measured += f", against {reference.get('name')}" if reference else ", no reference"
+    perplexity = wording.interval(quality.get("perplexity"))
+    if quality.get("reference_perplexity"):
+        perplexity += f", reference {wording.interval(quality['reference_perplexity'])}"
+    if quality.get("perplexity_ratio"):
+        perplexity += f", ratio {wording.interval(quality['perplexity_ratio'])}"
+    kl = quality.get("kl_nats") or {}
+    return [
+        ("measured on", f"{measured}, {quality.get('confidence', 0.95) * 100:g} % intervals"),
+        ("KL divergence", f"{wording.interval(kl.get('mean'))} nats" if kl else wording.NOT_AVAILABLE),
+        ("perplexity", perplexity),
+    ]
+
+
+def _speed_summary(bench: Record) -> list[tuple[str, str]]:
+    """The fastest run of each kind, as a user would set the threads."""
+    facts = []
+    for kind in ("prefill", "decode"):
+        runs = [run for run in bench.get("runs") or () if run.get("kind") == kind and run.get("tokens_per_s")]
+        best = max(runs, key=lambda run: (bool(run.get("valid", True)), run["tokens_per_s"]), default=None)
+        facts.append((kind, _speed(best)))
+        if kind == "prefill":
+            facts.append(("TTFT", _ttft(best)))
+    facts[1], facts[2] = facts[2], facts[1]
+    return facts
+
+
+def _speed(run: Record | None) -> str:
+    if run is None:
+        return wording.NOT_AVAILABLE
+    text = f"{wording.rate(run.get('tokens_per_s'))} ({_conditions(run)})"
+    return text if run.get("valid", True) else f"{text} INVALID: {'; '.join(run.get('reasons') or ())}"
+
+
+def _conditions(run: Record) -> str:
+    return f"{wording.count(run.get('tokens'), 'token')}, {wording.count(run.get('threads'), 'thread')}"
+
+
+def _ttft(run: Record | None) -> str:
+    if run is None or not run.get("ttft_s"):
+        return wording.NOT_AVAILABLE
+    return f"{wording.duration(run['ttft_s'].get('p50'))} (prompt of {_conditions(run)})"
+
+
+def _gate(gate: Record | None) -> str:
+    if gate is None:
+        return "no bounds set"
+    if gate.get("passed"):
+        return "passed"
+    return "\n".join(("MISSED", *map(wording.gate_miss, gate.get("misses") or ())))
+
+
+def _memory(memory: Record) -> str:
+    text = wording.size(memory.get("peak_rss_bytes"))
+    shares = [
+        f"{wording.size(memory[key])} {name}"
+        for key, name in (("file_backed_bytes", "file-backed"), ("anonymous_bytes", "anonymous"))
+        if memory.get(key) is not None
+    ]
+    return f"{text} ({', '.join(shares)})" if shares else text
+
+
+def _memory_estimate(memory: Record) -> str:
+    rows = [
+        (name, wording.size(memory.get(key)))
+        for name, key in (("weights", "weights_bytes"), ("KV cache, f16", "kv_cache_bytes"),
+                          ("compute buffer", "compute_bytes"), ("total", "total_bytes"))
+    ]  # fmt: skip
+    return _table((f"memory at {wording.count(memory.get('context'), 'token')} of context", ""), rows)
+
+
+def _machine(machine: Record) -> str:
+    parts = [
+        str(machine.get("cpu_model") or wording.NOT_AVAILABLE),
+        wording.count(machine.get("usable_cores"), "usable core"),
+        wording.size(machine.get("memory_bytes")),
+    ]
+    if machine.get("governor"):
+        parts.append(f"governor {machine['governor']}")
+    return ", ".join(parts)
+
+
+def _flag(run: Record) -> str:
+    return "" if run.get("valid", True) else "INVALID"
+
+
+def _prefill_row(run: Record) -> tuple[str, ...]:
+    ttft = run.get("ttft_s") or {}
+    return (
+        wording.count(run.get("tokens")), wording.count(run.get("threads")),
+        wording.rate_number(run.get("tokens_per_s")), wording.spread(run),
+        *(wording.duration(ttft.get(key)) for key in ("p50", "min", "max")), _flag(run),
+    )  # fmt: skip
+
+
+def _decode_row(run: Record) -> tuple[str, ...]:
+    per_token = run.get("tpot_s") or {}
+    ceiling = wording.NOT_AVAILABLE
+    if run.get("ceiling_tokens_per_s") is not None:
+        reached = wording.percent(run.get("ceiling_fraction"), 0)
+        ceiling = f"{reached} of {wording.rate_number(run['ceiling_tokens_per_s'])}"
+    return (
+        wording.count(run.get("tokens")), wording.count(run.get("threads")),
+        wording.rate_number(run.get("tokens_per_s")), wording.spread(run),
+        *(wording.duration(per_token.get(key)) for key in ("p50", "p95", "p99")), ceiling, _flag(run),
+    )  # fmt: skip
+
+
+def _architecture(record: Record) -> str:
+    parts = [str(record.get("architecture") or wording.NOT_AVAILABLE)]
+    for key, name in (("layers", "layers"), ("hidden_size", "wide"), ("heads", "heads"),
+                      ("kv_heads", "KV heads"), ("head_dim", "per head")):  # fmt: skip
+        if record.get(key) is not None:
+            parts.append(f"{record[key]} {name}")
+    if record.get("tied_embeddings") is not None:
+        parts.append("tied embeddings" if record["tied_embeddings"] else "untied head")
+    return ", ".join(parts)
+
+
+def _tokenizer(tokenizer: Record) -> str:
+    if not tokenizer:
+        return wording.NOT_AVAILABLE
+    name = "/".join(str(tokenizer[key]) for key in ("model", "pre") if tokenizer.get(key))
+    specials = [f"{key.upper()} {tokenizer[key]}" for key in ("bos", "eos") if tokenizer.get(key) is not None]
+    template = "chat template" if tokenizer.get("chat_template") else "no chat template"
+    return ", ".join((name, wording.count(tokenizer.get("vocab_size"), "token"), *specials, template))
+
+
+def _types(types: Record) -> str:
+    if len(types) == 1:
+        return str(next(iter(types)))
+    return ", ".join(f"{name} x {number}" for name, number in sorted(types.items()))
+
+
+def _digest(digest: str | None) -> str:
+    return digest[:12] if digest else "no digest"
+
+
+def _mark(engine: Record) -> str:
+    if engine.get("imports"):
+        return "[ok]"
+    return "[!!]" if engine.get("version") else "[--]"
+
+
+def _flat(record: Record, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested tables as dotted keys; lists on one line."""
+    facts: list[tuple[str, str]] = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            facts += _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            facts.append((prefix + key, ", ".join(map(str, value))))
+        else:
+            facts.append((prefix + key, wording.NOT_AVAILABLE if value is None else str(value)))
+    return facts
+
+
+def _facts(pairs: Iterable[tuple[str, str]]) -> str:
+    """Names in one column, values in the next; long values wrap under their own start."""
+    rows = [(name, _clean(value)) for name, value in pairs]
+    width = max((len(name) for name, _ in rows), default=0) + 2
+    return "\n".join(
+        f"{name:{width}}" + f"\n{'':{width}}".join(_wrap(value, WIDTH - width)) for name, value in rows
+    )
+
+
+def _clean(text: str) -> str:
+    """Control characters replaced: the name in an untrusted model must not drive the terminal."""
+    return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Break at spaces only: a path or a command stays whole so that it can be copied."""
+    from textwrap import wrap
+
+    lines: list[str] = []
+    for line in text.split("\n"):
+        whole = line.replace(" %", "\0%")  # a number keeps its percent sign
+        lines += wrap(whole, width, break_long_words=False, break_on_hyphens=False) or [""]
+    return [line.replace("\0", " ") for line in lines]
+
+
+def _bullets(heading: str, lines: Iterable[str]) -> str:
+    return "\n".join((heading, *("  - " + "\n    ".join(_wrap(_clean(line), WIDTH - 4)) for line in lines)))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, left: Sequence[int] = (0,)) -> str:
+    """Columns as wide as their widest cell; those in `left` start on the left, numbers end on the right."""
+    cells = [[_clean(str(cell)) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
