@@ -269,7 +269,7 @@ def _read_index(path: Path) -> Mapping[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_plain_name(shard):
             raise ModelError(
-                f"{path}: {_quote(name)} points to {str(shard)[:80]!r}, not to a .safetensors file beside the index"
+                f"{path}: {_quote(name)} points to {str(shard)[:80]!r}, not to a .safetensors file beside it"
             )
     return weight_map
 

@@ -1,0 +1,444 @@
+"""A bundle: the directory that goes to the device, its manifest, and how it is written and checked.
+
+Writing is beside, flush, rename: whoever is killed or runs out of disk at any moment leaves the old
+bundle or the new one, and at worst a hidden directory that the next write removes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeslm.errors import BundleError, EdgeslmError
+from edgeslm.progress import Quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from edgeslm.progress import Progress
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+FORMATS = ("gguf",)
+MAX_MANIFEST_BYTES = 2**24
+LINK_BYTES = 2**20
+"""Files from this size on are hard-linked into a bundle where they can be."""
+_CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A bundle directory, or a bare weights file (manifest None)."""
+
+    path: Path
+    weights: Path
+    format: str
+    manifest: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.path.stem if self.manifest is None else str(self.manifest["name"])
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of what is deployed: of the manifest's list of files, or of the bare file itself."""
+        if self.manifest is None:
+            return file_sha256(self.weights)
+        files = json.dumps(self.manifest["files"], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(files.encode()).hexdigest()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the deployed files, without reports."""
+        if self.manifest is None:
+            return self.weights.stat().st_size
+        return sum(int(entry["bytes"]) for entry in self.manifest["files"])
+
+    def verify(self, progress: Progress) -> None:
+        """Hash every file; BundleError names the missing and changed ones.  A bare file has no hashes."""
+        if self.manifest is None:
+            return
+        entries = _entries(self.manifest)
+        faults = []
+        with progress.task("verify", sum(entry["bytes"] for entry in entries), "bytes") as advance:
+            for entry in entries:
+                fault = _size_fault(self.path, entry)
+                if fault is None and file_sha256(self.path / entry["path"], advance) != entry["sha256"]:
+                    fault = f"{entry['path']}: sha256 differs from the manifest"
+                if fault is not None:
+                    faults.append(fault)
+        if faults:
+            raise _damaged(self.path, faults)
+
+
+def open_bundle(path: Path | str, *, verify: bool = False, progress: Progress | None = None) -> Bundle:
+    """A bundle directory or a bare .gguf file; sizes are always checked, hashes when `verify` asks for it."""
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISDIR(mode):
+            return _open_bare(path, mode)
+        manifest = _read_manifest(path)
+        faults = [fault for entry in _entries(manifest) if (fault := _size_fault(path, entry))]
+    except OSError as error:
+        raise BundleError(
+            f"{error.filename or path}: {error.strerror or error}", hint=_left_over(path)
+        ) from error
+    if faults:
+        raise _damaged(path, faults)
+    bundle = Bundle(
+        path=path, weights=path / manifest["weights"], format=manifest["format"], manifest=manifest
+    )
+    if verify:
+        bundle.verify(progress or Quiet())
+    return bundle
+
+
+def write_bundle(
+    out: Path | str, *, files: Mapping[str, Path | bytes | str], manifest: Mapping[str, Any]
+) -> Bundle:
+    """Assemble `files` (name inside: source path or content) beside `out` and put them there in one step.
+
+    manifest: everything but schema_version and files, which are filled in here.  A bundle at `out`
+    is replaced; anything else there, and files that the old bundle doesn't list, raise BundleError.
+    """
+    out = Path(out)
+    beside = out.parent / f".{out.name}.tmp-{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _clean_up_after_killed(out)
+        _check_replaceable(out)
+        try:
+            beside.mkdir()
+            entries = [_place(beside, name, source) for name, source in sorted(files.items())]
+            full = {"reports": [], **manifest, "schema_version": SCHEMA_VERSION, "files": entries}
+            _check_manifest(full, out)
+            _write(beside / MANIFEST_NAME, _to_json(full))
+            _flush_directory(beside)
+            _put_in_place(beside, out)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        raise BundleError(f"can't write {out}: {error.strerror or error}", hint=_way_out(error)) from error
+    return open_bundle(out)
+
+
+def add_reports(bundle: Bundle, files: Mapping[str, Path | bytes | str]) -> Bundle:
+    """Add or replace reports; the digest stays.  If killed, the bundle is whole and lists fewer reports."""
+    if bundle.manifest is None:
+        raise BundleError(f"{bundle.path} is a bare file; only a bundle directory holds reports")
+    taken = {MANIFEST_NAME, *(entry["path"] for entry in bundle.manifest["files"])}
+    kept = [entry for entry in bundle.manifest["reports"] if entry["path"] not in files]
+    try:
+        if len(kept) < len(bundle.manifest["reports"]):
+            _write_manifest(bundle.path, {**bundle.manifest, "reports": kept})
+        added = []
+        for name, source in sorted(files.items()):
+            if not _is_inside(name) or "/" in name or name in taken:
+                raise BundleError(f"{name!r} can't be the name of a report of {bundle.path}")
+            data = source.read_bytes() if isinstance(source, Path) else source
+            atomic_write(bundle.path / name, data)
+            added.append(_entry(bundle.path, name))
+        reports = sorted([*kept, *added], key=lambda entry: str(entry["path"]))
+        _write_manifest(bundle.path, {**bundle.manifest, "reports": reports})
+    except OSError as error:
+        raise BundleError(
+            f"can't write reports into {bundle.path}: {error.strerror or error}", hint=_way_out(error)
+        ) from error
+    return open_bundle(bundle.path)
+
+
+def file_sha256(path: Path | str, advance: Callable[[float], None] | None = None) -> str:
+    """Hex digest of a file's content; `advance` is told the bytes done."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            if advance is not None:
+                advance(len(chunk))
+    return digest.hexdigest()
+
+
+def atomic_write(path: Path | str, data: bytes | str) -> None:
+    """Write a whole file or nothing; EdgeslmError when the disk is full or the place can't be written."""
+    with replacing(path) as beside:
+        _write(beside, data)
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the place of `path` at the end, or vanishes on an error."""
+    path = Path(path)
+    beside = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield beside
+            _flush(beside)
+            beside.replace(path)
+            _flush_directory(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) not in (beside, path, *path.parents):
+            raise  # about another file, which the block was reading
+        raise EdgeslmError(f"can't write {path}: {error.strerror or error}", hint=_way_out(error)) from error
+
+
+def _to_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    atomic_write(path / MANIFEST_NAME, _to_json(manifest))
+
+
+def _open_bare(path: Path, mode: int) -> Bundle:
+    if not stat.S_ISREG(mode):
+        raise BundleError(f"{path} is neither a directory nor a file")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise BundleError(
+            f"{path} is neither a bundle directory nor a GGUF file: it begins with {magic!r}",
+            hint="make one with: edgeslm quantize MODEL --out FILE.gguf",
+        )
+    return Bundle(path=path, weights=path, format="gguf", manifest=None)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST_NAME
+    if not file.is_file():
+        raise BundleError(
+            f"{path} is not a bundle: it has no {MANIFEST_NAME}",
+            hint="make one with: edgeslm quantize MODEL --out DIR, or edgeslm build RECIPE --out DIR",
+        )
+    if file.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes")
+    try:
+        manifest = json.loads(file.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file} can't be read: {error}", hint="copy the bundle again") from error
+    if not isinstance(manifest, dict):
+        raise BundleError(f"{file} does not hold a JSON object")
+    _check_manifest(manifest, path)
+    return manifest
+
+
+def _check_manifest(manifest: Mapping[str, Any], path: Path) -> None:
+    """What opening relies on; the rest of the manifest is for people and reports."""
+    version = manifest.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path}: the manifest has schema_version {version!r}; this edgeslm reads {SCHEMA_VERSION}",
+            hint="use the edgeslm that made it, or build the bundle again",
+        )
+    if manifest.get("format") not in FORMATS:
+        raise BundleError(f"{path}: the format {manifest.get('format')!r} is none of {', '.join(FORMATS)}")
+    if not isinstance(manifest.get("name"), str) or not isinstance(manifest.get("files"), list):
+        raise BundleError(f"{path}: the manifest has no name or no files")
+    for key in ("model", "quantization", "versions", "recipe", "quality"):
+        if not isinstance(manifest.get(key), dict | None):
+            raise BundleError(f"{path}: {key} of the manifest is not an object")
+    for key in ("files", "reports"):
+        entries = manifest.get(key, [])
+        if not isinstance(entries, list) or not all(map(_is_entry, entries)):
+            raise BundleError(f"{path}: {key} of the manifest is not a list of path, bytes and sha256")
+    seen = {MANIFEST_NAME}
+    for entry in _entries(manifest):
+        name = entry["path"]
+        if name in seen or not _is_inside(name):
+            raise BundleError(f"{path}: the manifest lists {name!r}, which can't be a file of a bundle")
+        seen.add(name)
+    weights = manifest.get("weights")
+    if not any(entry["path"] == weights for entry in manifest["files"]):
+        raise BundleError(f"{path}: the weights {weights!r} are not among the files of the manifest")
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("path"), str)
+        and type(entry.get("bytes")) is int
+        and entry["bytes"] >= 0
+        and isinstance(entry.get("sha256"), str)
+        and re.fullmatch("[0-9a-f]{64}", entry["sha256"]) is not None
+    )
+
+
+def _is_inside(name: str) -> bool:
+    """A relative path of ordinary parts, the same on every system."""
+    return all(
+        part.strip(". ") and not re.search(r'[\x00-\x1f\x7f\ud800-\udfff\\:*?"<>|]', part)
+        for part in name.split("/")
+    )
+
+
+def _entries(manifest: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return [*manifest.get("files", []), *manifest.get("reports", [])]
+
+
+def _size_fault(path: Path, entry: Mapping[str, Any]) -> str | None:
+    file = path / entry["path"]
+    try:
+        status = file.stat()
+        if not file.resolve().is_relative_to(path.resolve()):
+            return f"{entry['path']} leads out of the bundle"
+    except FileNotFoundError:
+        return f"{entry['path']} is missing"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{entry['path']} is not a file"
+    if status.st_size != entry["bytes"]:
+        return f"{entry['path']} has {status.st_size} bytes; the manifest says {entry['bytes']}"
+    return None
+
+
+def _damaged(path: Path, faults: Sequence[str]) -> BundleError:
+    more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+    return BundleError(
+        f"{path}: {'; '.join(faults[:3])}{more}", hint="copy the bundle again, or build it again"
+    )
+
+
+def _place(beside: Path, name: str, source: Path | bytes | str) -> dict[str, Any]:
+    """Bring one file into the new directory, flushed, and describe it."""
+    if not _is_inside(name) or name == MANIFEST_NAME:
+        raise BundleError(f"{name!r} can't be the name of a file of a bundle")
+    target = beside / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(source, Path):
+        _link_or_copy(source.resolve(), target)
+        _flush(target)
+    else:
+        _write(target, source)
+    _flush_directory(target.parent)
+    return _entry(beside, name)
+
+
+def _entry(directory: Path, name: str) -> dict[str, Any]:
+    path = directory / name
+    return {"path": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    if source.stat().st_size >= LINK_BYTES:
+        # Another file system, or one without links: the copy below serves.
+        with suppress(OSError):
+            target.hardlink_to(source)
+            return
+    shutil.copyfile(source, target)
+
+
+def _check_replaceable(out: Path) -> None:
+    """Only an empty directory or a bundle with nothing foreign in it may be replaced."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise BundleError(f"{out} is not a directory", hint="choose another name for the bundle")
+    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
+    if not present:
+        return
+    listed = {MANIFEST_NAME, *(entry["path"] for entry in _entries(_read_manifest(out)))}
+    if foreign := sorted(present - listed):
+        raise BundleError(
+            f"{out} holds {foreign[0]}, which is not part of the bundle there",
+            hint="move it away, or choose another name for the bundle",
+        )
+
+
+def _put_in_place(beside: Path, out: Path) -> None:
+    """Rename into place; an old bundle is swapped out in one step where the system can do that."""
+    if not out.exists():
+        beside.rename(out)
+    elif not _exchange(beside, out):
+        old = out.parent / f".{out.name}.old-{os.getpid()}"
+        out.rename(old)
+        beside.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    _flush_directory(out.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories atomically: renameat2 of Linux, renamex_np of macOS; False where neither works."""
+    libc = ctypes.CDLL(None)
+    here, flag = -100, 2  # AT_FDCWD; RENAME_EXCHANGE and RENAME_SWAP are both 2
+    first, second = os.fsencode(one.absolute()), os.fsencode(other.absolute())
+    if hasattr(libc, "renameat2"):
+        return bool(libc.renameat2(here, first, here, second, ctypes.c_uint(flag)) == 0)
+    if hasattr(libc, "renamex_np"):
+        return bool(libc.renamex_np(first, second, ctypes.c_uint(flag)) == 0)
+    return False
+
+
+def _clean_up_after_killed(out: Path) -> None:
+    """Remove what dead processes left beside `out`; put back a bundle that they had only moved away."""
+    for path in _left_beside(out):
+        if _is_alive(int(path.name.rpartition("-")[2])):
+            continue
+        if ".old-" in path.name and not out.exists():
+            path.rename(out)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _left_beside(out: Path) -> list[Path]:
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.(tmp|old)-\d{{1,9}}")
+    return sorted(path for path in out.parent.iterdir() if pattern.fullmatch(path.name))
+
+
+def _left_over(path: Path) -> str:
+    """The hint for a bundle that isn't there: a replacement may have been killed between its two renames."""
+    with suppress(OSError):
+        for left in _left_beside(path):
+            if ".old-" in left.name:
+                return f"an interrupted write left it at {left}: rename it back"
+    return ""
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
+
+
+def _way_out(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, or choose another disk"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "choose a place that you may write to"
+    return ""
+
+
+def _write(path: Path, data: bytes | str) -> None:
+    with path.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_directory(path: Path) -> None:
+    with suppress(OSError):  # some file systems can't flush a directory
+        _flush(path)
