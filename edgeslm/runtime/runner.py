@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
+
+from edgeslm.errors import BundleError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
     from numpy.typing import NDArray
+
+    from edgeslm.bundle import Bundle
 
 RUNNERS = {"gguf": "edgeslm.runtime.llama:LlamaRunner"}
 """Weight format to the class that runs it, resolved when a bundle is opened."""
@@ -75,7 +80,7 @@ class Runner(Protocol):
         """Tokens in the state."""
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Token ids of `text`; add_special puts BOS/EOS as the model wants, parse_special reads <|...|> forms."""
+        """Token ids of `text`; add_special: BOS/EOS as the model wants; parse_special: read <|...|> forms."""
 
     def token_bytes(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of one token (may be part of a UTF-8 character); special: render control tokens too."""
@@ -93,10 +98,22 @@ class Runner(Protocol):
         """[V] logits after the newest token: a view that the next prefill, step or reset makes invalid."""
 
     def logits(self, tokens: Sequence[int], first: int = 0) -> NDArray[np.float32]:
-        """[S - first, V] logits at positions first.. of a fresh sequence; the state is reset before and after."""
+        """[S - first, V] logits at positions first.. of a fresh sequence; resets before and after."""
 
     def reset(self, keep: int = 0) -> None:
-        """Forget all tokens but the first `keep`."""
+        """Forget all tokens but the first `keep`, or all where the engine can't go back: see position."""
 
     def close(self) -> None:
         """Free the engine's memory; the runner can't be used afterwards."""
+
+
+def open_runner(bundle: Bundle, options: RunnerOptions) -> Runner:
+    """Load a bundle's weights into the engine for its format; raises BundleError when there is none."""
+    if bundle.format not in RUNNERS:
+        raise BundleError(
+            f"{bundle.path}: no engine runs the format {bundle.format!r}",
+            hint=f"this version runs {', '.join(RUNNERS)}",
+        )
+    module, name = RUNNERS[bundle.format].split(":")
+    runner: Runner = getattr(import_module(module), name)(bundle.weights, options)
+    return runner
