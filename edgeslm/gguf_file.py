@@ -342,7 +342,7 @@ def _alignment(cursor: _Cursor, fields: Mapping[str, Field]) -> int:
 def _read_tensor_info(cursor: _Cursor, index: int) -> TensorInfo:
     """One tensor description; its offset still counts from the beginning of the data."""
     name = cursor.string(MAX_NAME_BYTES, f"the name of tensor {index}")
-    if not name or "\0" in name:
+    if not name or not name.isprintable():
         raise cursor.error(f"tensor {index} has the impossible name {name!r}")
     what = f"the description of tensor {name!r}"
     dimensions = cursor.integer("<I", what)
