@@ -20,23 +20,19 @@ from edgeslm.bundle import file_sha256, replacing
 from edgeslm.errors import EdgeslmError, ModelError
 from edgeslm.gguf_file import GGML_TYPES, GgufFile, read_gguf, row_bytes
 from edgeslm.progress import Quiet
-from edgeslm.safetensors_file import SafeTensor, read_checkpoint
 from edgeslm.stages import ggml
 from edgeslm.stages.architectures import (
-    Config,
     add_metadata,
     architecture_of,
     check_carried,
     complete,
-    extra_tensors,
-    row_order,
-    tensor_names,
 )
 from edgeslm.stages.plan import Placed, Plan, Weight, make_plan
+from edgeslm.stages.tensors import FLOATS, Tensor, gguf_tensors, hf_tensors, not_finite, slabs
 from edgeslm.stages.vocab import add_vocab
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -44,11 +40,7 @@ if TYPE_CHECKING:
     from edgeslm.progress import Progress
     from edgeslm.recipe import QuantizeSpec
     from edgeslm.stages.checkpoint import Checkpoint
-
-SLAB_ELEMENTS = 1 << 22
-"""Elements that one worker holds at a time: 16 MiB of float32."""
-
-_NUMPY = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F64": np.dtype("<f8")}
+    from edgeslm.stages.rope import Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,62 +51,6 @@ class Exported:
     plan: dict[str, Any]
     model: dict[str, Any]
     warnings: list[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tensor:
-    """A tensor to export, still in its file: R rows of I elements at an offset, or `values` in memory."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    path: Path | None = None
-    offset: int = 0
-    order: NDArray[np.intp] | None = None
-    plus: float = 0.0
-    values: NDArray[np.float32] | None = None
-
-    @property
-    def length(self) -> int:
-        """I, the elements of a row."""
-        return self.shape[-1] if self.shape else 1
-
-    @property
-    def rows(self) -> int:
-        """R; a vector is one row."""
-        return int(np.prod(self.shape[:-1], dtype=np.int64))
-
-    def raw(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """[stop - start, bytes of a row] as they lie in the file."""
-        assert self.path is not None
-        width = _row_bytes(self.type, self.length)
-        with self.path.open("rb") as file:
-            file.seek(self.offset + start * width)
-            data = np.fromfile(file, dtype=np.uint8, count=(stop - start) * width)
-        if data.size != (stop - start) * width:
-            raise ModelError(f"{self.path.name} ends inside tensor {self.name}", hint="copy the file again")
-        return data.reshape(stop - start, width)
-
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """[stop - start, I] float32, reordered and shifted as the architecture wants it."""
-        if self.values is not None:
-            return self.values.reshape(self.rows, self.length)[start:stop]
-        if self.order is not None:
-            values = self._decode(self.raw(0, self.rows))
-            values = values.reshape(len(self.order), -1)[self.order].reshape(self.rows, self.length)[
-                start:stop
-            ]
-        else:
-            values = self._decode(self.raw(start, stop))
-        return values + np.float32(self.plus) if self.plus else values
-
-    def _decode(self, data: NDArray[np.uint8]) -> NDArray[np.float32]:
-        if self.type not in _NUMPY:
-            return ggml.dequantize(self.type, data, self.length)
-        values = data.view(_NUMPY[self.type])
-        if self.type == "BF16":
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32, copy=False)
 
 
 def run(
@@ -132,43 +68,25 @@ def run(
     Raises ModelError for what the format can't carry and for weights that are not finite (both only
     warned of with spec.keep_going), RecipeError for the spec's mistakes.  Nothing is left at `out` then.
     """
-    import gguf
-
     progress = progress or Quiet()
-    weights = _load_importance(importance)
     warnings: list[str] = []
-    if checkpoint.kind == "gguf":
-        source = read_gguf(checkpoint.path)
-        tensors = _gguf_tensors(source)
-        writer = gguf.GGUFWriter(None, source.architecture)
-        layers, ratio = _gguf_layout(source)
-    else:
-        config = complete(checkpoint.config())
-        tensors = _hf_tensors(checkpoint, config, warnings)
-        _raise_or_warn(config, spec.keep_going, warnings)
-        writer = gguf.GGUFWriter(None, architecture_of(config).gguf)
-        layers, ratio = (
-            config["num_hidden_layers"],
-            config["num_attention_heads"] // config["num_key_value_heads"],
-        )
+    weights = _load_importance(importance)
+    source = _open_gguf(checkpoint) if checkpoint.kind == "gguf" else _open_hf(checkpoint, spec, warnings)
     plan = make_plan(
-        (Weight(name=t.name, shape=t.shape, source_type=t.type if checkpoint.kind == "gguf" else "F32") for t in tensors),
-        spec.scheme, layers=layers, heads_per_kv_head=ratio, overrides=spec.types, importance=bool(weights),
+        (Weight(name=t.name, shape=t.shape, source_type=source.kept_type(t)) for t in source.tensors),
+        spec.scheme, layers=source.layers, heads_per_kv_head=source.heads_per_kv_head, overrides=spec.types,
+        importance=bool(weights),
     )  # fmt: skip
-    by_name = {tensor.name: tensor for tensor in tensors}
+    by_name = {tensor.name: tensor for tensor in source.tensors}
     if spec.keep_going:
         plan = _keep_unfit(plan, by_name, warnings)
     _check_importance(plan, weights, warnings)
-    for placed in plan.tensors:
-        writer.add_tensor_info(
-            placed.weight.name, placed.weight.shape, np.dtype(np.float32), placed.nbytes,
-            raw_dtype=gguf.GGMLQuantizationType(GGML_TYPES[placed.type].id),
-        )  # fmt: skip
-    if checkpoint.kind == "gguf":
-        facts = _copy_metadata(writer, source, plan)
-    else:
-        facts = _write_metadata(writer, checkpoint, config, plan, by_name)
-    _stream(writer, plan, by_name, weights, out, threads or _usable_cores(), progress)
+    _declare(source.writer, plan)
+    facts = source.write_metadata(plan)
+    _stream(
+        source.writer, plan, lambda start: _jobs(plan, by_name, weights, start), out=out,
+        threads=threads or _usable_cores(), progress=progress,
+    )  # fmt: skip
     record = {**plan.record(), "importance": file_sha256(importance) if importance else None}
     model = {
         **facts,
@@ -179,69 +97,64 @@ def run(
     return Exported(path=out, plan=record, model=model, warnings=warnings)
 
 
-# --- sources ---
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What the two kinds of source have in common once they are open."""
+
+    tensors: list[Tensor]
+    writer: Any
+    layers: int
+    heads_per_kv_head: int
+    write_metadata: Callable[[Plan], dict[str, Any]]
+    """Puts the metadata into the writer and returns the model facts of the manifest."""
+    keeps_types: bool
+    """Whether what is not quantized stays as stored (GGUF) or becomes F32 (Hugging Face)."""
+
+    def kept_type(self, tensor: Tensor) -> str:
+        return tensor.type if self.keeps_types else "F32"
 
 
-def _hf_tensors(checkpoint: Checkpoint, config: Config, warnings: list[str]) -> list[Tensor]:
-    stored = read_checkpoint(checkpoint.path)
-    if config.get("tie_word_embeddings"):
-        stored = _without_tied_head(stored, warnings)
-    names = tensor_names(stored, config)
-    offset = architecture_of(config).norm_offset
-    tensors = []
-    for hf_name, name in names.items():
-        tensor = stored[hf_name]
-        if tensor.dtype not in _NUMPY:
-            raise ModelError(
-                f"tensor {hf_name} has elements of type {tensor.dtype}; F32, F16, BF16 and F64 can be exported",
-                hint="dequantize the checkpoint first",
-            )
-        rows = tensor.shape[0] if tensor.shape else 1
-        tensors.append(
-            Tensor(
-                name=name, shape=tensor.shape, type=tensor.dtype, path=tensor.path, offset=tensor.offset,
-                order=row_order(hf_name, rows, config), plus=offset if hf_name.endswith("norm.weight") else 0.0,
-            )
+def _open_hf(checkpoint: Checkpoint, spec: QuantizeSpec, warnings: list[str]) -> _Source:
+    import gguf
+
+    config = complete(checkpoint.config())
+    tensors = hf_tensors(checkpoint, config, warnings)
+    _raise_or_warn(config, spec.keep_going, warnings)
+    writer = gguf.GGUFWriter(None, architecture_of(config).gguf)
+    return _Source(
+        tensors=tensors,
+        writer=writer,
+        layers=config["num_hidden_layers"],
+        heads_per_kv_head=config["num_attention_heads"] // config["num_key_value_heads"],
+        write_metadata=lambda plan: _write_metadata(writer, checkpoint, config, plan),
+        keeps_types=False,
+    )
+
+
+def _open_gguf(checkpoint: Checkpoint) -> _Source:
+    import gguf
+
+    file = read_gguf(checkpoint.path)
+    writer = gguf.GGUFWriter(None, file.architecture)
+    layers, ratio = _gguf_layout(file)
+    return _Source(
+        tensors=gguf_tensors(file),
+        writer=writer,
+        layers=layers,
+        heads_per_kv_head=ratio,
+        write_metadata=lambda plan: _copy_metadata(writer, file, plan),
+        keeps_types=True,
+    )
+
+
+def _declare(writer: Any, plan: Plan) -> None:
+    import gguf
+
+    for placed in plan.tensors:
+        writer.add_tensor_info(
+            placed.weight.name, placed.weight.shape, np.dtype(np.float32), placed.nbytes,
+            raw_dtype=gguf.GGMLQuantizationType(GGML_TYPES[placed.type].id),
         )  # fmt: skip
-    tensors += [
-        Tensor(name=n, shape=values.shape, type="F32", values=values) for n, values in extra_tensors(config)
-    ]
-    _check_complete(tensors, config)
-    return tensors
-
-
-def _without_tied_head(stored: Mapping[str, SafeTensor], warnings: list[str]) -> dict[str, SafeTensor]:
-    """Drop a stored copy of the head: a tied model computes with the embedding, and the copy wastes its bytes."""
-    kept = {name: tensor for name, tensor in stored.items() if not name.endswith("lm_head.weight")}
-    if len(kept) != len(stored):
-        warnings.append(
-            "the checkpoint stores a copy of its tied head; it is left out, the embedding serves as head"
-        )
-    return kept
-
-
-def _check_complete(tensors: Sequence[Tensor], config: Config) -> None:
-    names = {tensor.name for tensor in tensors}
-    if len(names) != len(tensors):
-        twice = sorted({t.name for t in tensors if sum(t.name == other.name for other in tensors) > 1})
-        raise ModelError(f"several tensors of the checkpoint would be written as {twice[0]}")
-    layers = config["num_hidden_layers"]
-    wanted = ["token_embd.weight", "output_norm.weight", *(f"blk.{i}.ffn_down.weight" for i in range(layers))]
-    missing = [name for name in wanted if name not in names]
-    if missing:
-        raise ModelError(
-            f"the checkpoint lacks {len(missing)} tensors, first {missing[0]}",
-            hint="compare num_hidden_layers in config.json with the weights, and fetch all shards",
-        )
-    sizes = {"token_embd.weight": (config["vocab_size"], config["hidden_size"])}
-    for tensor in tensors:
-        wanted_shape = sizes.get(tensor.name)
-        trimmed = architecture_of(config).trims_vocab and tensor.shape[0] >= config["vocab_size"]
-        if wanted_shape and tensor.shape != wanted_shape and not trimmed:
-            raise ModelError(
-                f"{tensor.name} has shape {tensor.shape}, config.json says {wanted_shape}",
-                hint="the configuration and the weights are of different models",
-            )
 
 
 def _raise_or_warn(config: Config, keep_going: bool, warnings: list[str]) -> None:
@@ -252,13 +165,6 @@ def _raise_or_warn(config: Config, keep_going: bool, warnings: list[str]) -> Non
             hint="--keep-going writes the file all the same",
         )
     warnings += errors + later
-
-
-def _gguf_tensors(source: GgufFile) -> list[Tensor]:
-    return [
-        Tensor(name=info.name, shape=info.shape, type=info.type, path=source.path, offset=info.offset)
-        for info in source.tensors.values()
-    ]
 
 
 def _gguf_layout(source: GgufFile) -> tuple[int, int]:
@@ -275,9 +181,7 @@ def _gguf_layout(source: GgufFile) -> tuple[int, int]:
 # --- metadata ---
 
 
-def _write_metadata(
-    writer: Any, checkpoint: Checkpoint, config: Config, plan: Plan, tensors: dict[str, Tensor]
-) -> dict[str, Any]:
+def _write_metadata(writer: Any, checkpoint: Checkpoint, config: Config, plan: Plan) -> dict[str, Any]:
     import gguf
 
     total, shared, expert, experts = writer.get_total_parameter_count()
@@ -292,10 +196,9 @@ def _write_metadata(
     writer.add_file_type(plan.file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     vocab = add_vocab(writer, checkpoint.path, config, architecture_of(config).vocab)
-    if tensors["token_embd.weight"].shape[0] != len(vocab.tokens):
-        raise ModelError(
-            f"the tokenizer has {len(vocab.tokens)} tokens, the embedding {tensors['token_embd.weight'].shape[0]} rows"
-        )
+    rows = next(p.weight.shape[0] for p in plan.tensors if p.weight.name == "token_embd.weight")
+    if rows != len(vocab.tokens):
+        raise ModelError(f"the tokenizer has {len(vocab.tokens)} tokens, the embedding {rows} rows")
     return {
         "architecture": architecture_of(config).gguf,
         "context_length": config["max_position_embeddings"],
@@ -372,7 +275,7 @@ def _keep_unfit(plan: Plan, tensors: Mapping[str, Tensor], warnings: list[str]) 
     kept = []
     for placed in plan.tensors:
         tensor = tensors[placed.weight.name]
-        bad = 0 if tensor.type not in _NUMPY else sum(_unfit(tensor.read(a, b)) for a, b in _slabs(tensor))
+        bad = 0 if tensor.type not in FLOATS else sum(not_finite(tensor.read(a, b)) for a, b in slabs(tensor))
         if bad:
             warnings.append(f"{tensor.name} has {bad} values that are not finite; it stays in F32")
             kept.append(replace(placed, type="F32", reason=f"{bad} values are not finite"))
@@ -381,16 +284,12 @@ def _keep_unfit(plan: Plan, tensors: Mapping[str, Tensor], warnings: list[str]) 
     return replace(plan, tensors=tuple(kept))
 
 
-def _unfit(values: NDArray[np.float32]) -> int:
-    return int(values.size - np.count_nonzero(np.isfinite(values)))
-
-
 # --- the streaming pass ---
 
 
 def _stream(
-    writer: Any, plan: Plan, tensors: Mapping[str, Tensor], importance: Mapping[str, NDArray[np.float32]], out: Path,
-    threads: int, progress: Progress,
+    writer: Any, plan: Plan, jobs_from: Callable[[int], tuple[list[_Job], int]], *, out: Path, threads: int,
+    progress: Progress,
 ) -> None:  # fmt: skip
     """Header first, then every slab at its own offset, from all workers."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -400,19 +299,13 @@ def _stream(
         writer.write_ti_data_to_file()
         start = _padded(writer.fout[0].tell())
         writer.close()
-        jobs, end = _jobs(plan, tensors, importance, start)
+        jobs, end = jobs_from(start)
         descriptor = os.open(beside, os.O_RDWR)
         try:
             _reserve(descriptor, end, out)
-            with progress.task(
-                f"writing {plan.scheme}", total=sum(job.elements for job in jobs), unit="weights"
-            ) as done:
-                _run_all(
-                    [lambda job=job: job(descriptor) for job in jobs],
-                    [j.elements for j in jobs],
-                    threads,
-                    done,
-                )
+            total = sum(job.elements for job in jobs)
+            with progress.task(f"writing {plan.scheme}", total=total, unit="weights") as done:
+                _run_all(jobs, descriptor, threads, done)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -434,7 +327,7 @@ class _Job:
         return (self.stop - self.start) * self.tensor.length
 
     def __call__(self, descriptor: int) -> None:
-        data = memoryview(self._encode()).cast("B")
+        data = memoryview(self._encode().view(np.uint8).data).cast("B")
         position = self.position
         while data:
             written = os.pwrite(descriptor, data, position)
@@ -442,10 +335,10 @@ class _Job:
 
     def _encode(self) -> NDArray[Any]:
         tensor, kind = self.tensor, self.placed.type
-        if kind == tensor.type and kind not in _NUMPY:
+        if kind == tensor.type and kind not in FLOATS:
             return np.ascontiguousarray(tensor.raw(self.start, self.stop))
         values = tensor.read(self.start, self.stop)
-        if not self.placed.reason.endswith("not finite") and (bad := _unfit(values)):
+        if not self.placed.reason.endswith("not finite") and (bad := not_finite(values)):
             raise ModelError(
                 f"{tensor.name} has {bad} values that are not finite in rows {self.start} to {self.stop - 1}",
                 hint="the checkpoint is damaged or training diverged; --keep-going leaves such tensors in F32",
@@ -467,7 +360,7 @@ def _jobs(
         tensor = tensors[placed.weight.name]
         width = row_bytes(placed.type, tensor.length)
         channels = importance.get(tensor.name)
-        for first, last in _slabs(tensor):
+        for first, last in slabs(tensor):
             jobs.append(
                 _Job(
                     placed=placed, tensor=tensor, start=first, stop=last, position=position + first * width,
@@ -484,26 +377,19 @@ def _expert_channels(
     """The importance of the expert that a row belongs to; a matrix has one for all its rows."""
     if channels is None or len(tensor.shape) < 3:
         return channels
-    return channels.reshape(-1, tensor.length)[row // tensor.shape[-2]]
+    channels_of: NDArray[np.float32] = channels.reshape(-1, tensor.length)[row // tensor.shape[-2]]
+    return channels_of
 
 
-def _slabs(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Row ranges of a bounded size that never cross from one expert to the next."""
-    group = tensor.shape[-2] if len(tensor.shape) >= 3 else max(tensor.rows, 1)
-    step = group if tensor.order is not None else max(1, SLAB_ELEMENTS // max(tensor.length, 1))
-    for base in range(0, tensor.rows, group):
-        for first in range(base, base + group, step):
-            yield first, min(first + step, base + group)
-
-
-def _run_all(
-    jobs: Sequence[Callable[[], None]], sizes: Sequence[int], threads: int, done: Callable[[float], None]
-) -> None:
+def _run_all(jobs: Sequence[_Job], descriptor: int, threads: int, done: Callable[[float], None]) -> None:
     """Run jobs on `threads` workers; the first failure, or Ctrl-C, cancels what has not begun."""
+
+    def run_one(job: _Job) -> None:
+        job(descriptor)
+        done(job.elements)
+
     with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(job) for job in jobs]
-        for future, size in zip(futures, sizes, strict=True):
-            future.add_done_callback(lambda _, size=size: done(size))
+        futures = [pool.submit(run_one, job) for job in jobs]
         try:
             finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
         except BaseException:
@@ -526,10 +412,6 @@ def _reserve(descriptor: int, size: int, out: Path) -> None:
             f"{out} needs {size / 2**20:,.0f} MiB: {error.strerror}",
             hint="free some space, or write elsewhere",
         ) from error
-
-
-def _row_bytes(type_name: str, length: int) -> int:
-    return length * _NUMPY[type_name].itemsize if type_name in _NUMPY else row_bytes(type_name, length)
 
 
 def _padded(size: int) -> int:
