@@ -108,5 +108,5 @@ def _loading_hint(text: str) -> str:
     if "libgomp" in text:
         return "install OpenMP's runtime: apt-get install libgomp1"
     if "wrong ELF class" in text or "incompatible architecture" in text:
-        return "it was built for another processor: pip install --force-reinstall --no-cache-dir llama-cpp-python"
+        return "built for another processor: pip install --force-reinstall --no-cache-dir llama-cpp-python"
     return "edgeslm doctor shows what is wrong; pip install --force-reinstall 'edgeslm[gguf]' builds it again"

@@ -9,7 +9,7 @@ import psutil
 
 
 def usable_cores(root: Path = Path("/"), allowed: frozenset[int] | None = None) -> int:
-    """Physical cores that this process may use: its CPU affinity, counted in cores, within the cgroup's quota.
+    """Physical cores that this process may use: those of its CPU affinity, within the cgroup's quota.
 
     allowed: the logical CPUs to count; None: those of this process.
     """
