@@ -40,6 +40,8 @@ class Architecture:
     """Whether vocabulary size and rotary dimensions are written."""
     trims_vocab: bool = False
     """Whether embedding rows beyond the tokenizer's vocabulary are dropped."""
+    needs_head: bool = False
+    """llama.cpp loads the family with a head only: a tied model's embedding is written twice."""
     states_rope: bool = True
     """Whether rotary base and scaling are written."""
 
@@ -87,7 +89,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                   "rope_theta": 10000.0, "tie_word_embeddings": False},
     ),
     "Olmo2ForCausalLM": Architecture(
-        gguf="olmo2", defaults=_LLAMA | {"rms_norm_eps": 1e-5}
+        gguf="olmo2", defaults=_LLAMA | {"rms_norm_eps": 1e-5}, needs_head=True
     ),
 }  # fmt: skip
 ARCHITECTURES["Gemma3ForConditionalGeneration"] = ARCHITECTURES["Gemma3ForCausalLM"]

@@ -22,14 +22,13 @@ from edgeslm.gguf_file import GGML_TYPES, GgufFile, read_gguf, row_bytes
 from edgeslm.progress import Quiet
 from edgeslm.stages import ggml
 from edgeslm.stages.architectures import (
-    add_metadata,
     architecture_of,
     check_carried,
     complete,
 )
+from edgeslm.stages.gguf_metadata import copy_metadata, write_metadata
 from edgeslm.stages.plan import Placed, Plan, Weight, make_plan
 from edgeslm.stages.tensors import FLOATS, Tensor, gguf_tensors, hf_tensors, not_finite, slabs
-from edgeslm.stages.vocab import add_vocab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -126,7 +125,7 @@ def _open_hf(checkpoint: Checkpoint, spec: QuantizeSpec, warnings: list[str]) ->
         writer=writer,
         layers=config["num_hidden_layers"],
         heads_per_kv_head=config["num_attention_heads"] // config["num_key_value_heads"],
-        write_metadata=lambda plan: _write_metadata(writer, checkpoint, config, plan),
+        write_metadata=lambda plan: write_metadata(writer, checkpoint, config, plan, warnings),
         keeps_types=False,
     )
 
@@ -142,7 +141,7 @@ def _open_gguf(checkpoint: Checkpoint) -> _Source:
         writer=writer,
         layers=layers,
         heads_per_kv_head=ratio,
-        write_metadata=lambda plan: _copy_metadata(writer, file, plan),
+        write_metadata=lambda plan: copy_metadata(writer, file, plan),
         keeps_types=True,
     )
 
@@ -176,66 +175,6 @@ def _gguf_layout(source: GgufFile) -> tuple[int, int]:
 
     heads = first("attention.head_count", 1)
     return first("block_count", 0), heads // max(first("attention.head_count_kv", heads), 1)
-
-
-# --- metadata ---
-
-
-def _write_metadata(writer: Any, checkpoint: Checkpoint, config: Config, plan: Plan) -> dict[str, Any]:
-    import gguf
-
-    total, shared, expert, experts = writer.get_total_parameter_count()
-    card = gguf.Metadata.load(None, checkpoint.path, None, total)
-    if card.name is None or checkpoint.path.name != checkpoint.name:
-        card.name = checkpoint.name
-    if card.size_label is None:
-        card.size_label = gguf.size_label(total, shared, expert, experts)
-    writer.add_type(gguf.GGUFType.MODEL)
-    card.set_gguf_meta_model(writer)
-    add_metadata(writer, config)
-    writer.add_file_type(plan.file_type)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    vocab = add_vocab(writer, checkpoint.path, config, architecture_of(config).vocab)
-    rows = next(p.weight.shape[0] for p in plan.tensors if p.weight.name == "token_embd.weight")
-    if rows != len(vocab.tokens):
-        raise ModelError(f"the tokenizer has {len(vocab.tokens)} tokens, the embedding {rows} rows")
-    return {
-        "architecture": architecture_of(config).gguf,
-        "context_length": config["max_position_embeddings"],
-        "vocab_size": len(vocab.tokens),
-        "tokenizer": f"{vocab.model}/{vocab.pre}",
-        "licence": card.license,
-    }
-
-
-def _copy_metadata(writer: Any, source: GgufFile, plan: Plan) -> dict[str, Any]:
-    """The source's own metadata, tokenizer included, as it is; only what describes the types is new."""
-    import gguf
-
-    fresh = {"general.architecture", "general.file_type", "general.quantization_version", "general.alignment"}
-    for key, field in source.fields.items():
-        if key in fresh or key.startswith("split.") or field.value == []:
-            continue
-        if field.kind == "array" and field.item_kind == "array":
-            raise ModelError(f"{source.path.name}: {key} is an array of arrays, which no GGUF reader expects")
-        item = gguf.GGUFValueType[_GGUF_KINDS[field.item_kind]] if field.item_kind else None
-        writer.add_key_value(key, field.value, gguf.GGUFValueType[_GGUF_KINDS[field.kind]], item)
-    writer.add_file_type(plan.file_type)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    tokens = source.get("tokenizer.ggml.tokens", [])
-    return {
-        "architecture": source.architecture,
-        "context_length": source.get(f"{source.architecture}.context_length"),
-        "vocab_size": len(tokens),
-        "tokenizer": f"{source.get('tokenizer.ggml.model', 'none')}/{source.get('tokenizer.ggml.pre', 'default')}",
-        "licence": source.get("general.license"),
-    }
-
-
-_GGUF_KINDS = {
-    "u8": "UINT8", "i8": "INT8", "u16": "UINT16", "i16": "INT16", "u32": "UINT32", "i32": "INT32", "u64": "UINT64",
-    "i64": "INT64", "f32": "FLOAT32", "f64": "FLOAT64", "bool": "BOOL", "str": "STRING", "array": "ARRAY",
-}  # fmt: skip
 
 
 # --- importance and unfit weights ---

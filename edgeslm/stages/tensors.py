@@ -6,7 +6,7 @@ count as this process's memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,6 +114,12 @@ def hf_tensors(checkpoint: Checkpoint, config: Config, warnings: list[str]) -> l
                 order=row_order(hf_name, rows, config), plus=offset if hf_name.endswith("norm.weight") else 0.0,
             )
         )  # fmt: skip
+    if architecture_of(config).needs_head and "output.weight" not in names.values():
+        head = next((tensor for tensor in tensors if tensor.name == "token_embd.weight"), None)
+        tensors += [replace(head, name="output.weight")] if head else []
+        warnings.append(
+            f"llama.cpp's {architecture_of(config).gguf} has no tied head: the embedding is written twice"
+        )
     tensors += [
         Tensor(name=n, shape=values.shape, type="F32", values=values) for n, values in extra_tensors(config)
     ]

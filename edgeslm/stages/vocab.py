@@ -94,6 +94,22 @@ def read_vocab(directory: Path, config: Mapping[str, Any], style: str) -> Vocab:
     return _byte_level(directory, document, settings, config, prefix)
 
 
+def disagreements(directory: Path, vocab: Vocab) -> list[str]:
+    """What the directory's own tokenizer files say differently; llama.cpp follows tokenizer.model."""
+    if vocab.model != "llama" or not (
+        _has(directory, "tokenizer.json") and _has(directory, "tokenizer.model")
+    ):
+        return []
+    in_json = _prepends_space(read_json(directory / "tokenizer.json"))
+    written = vocab.add_space_prefix is not False
+    if in_json == written:
+        return []
+    return [
+        f"tokenizer.json puts {'a' if in_json else 'no'} space before a text, the GGUF file "
+        f"{'does' if written else 'does not'}: state add_prefix_space in tokenizer_config.json"
+    ]
+
+
 def add_vocab(writer: Any, directory: Path, config: Mapping[str, Any], style: str) -> Vocab:
     """Write tokenizer, special tokens and chat template into a gguf.GGUFWriter; returns what was written."""
     import gguf
