@@ -1,0 +1,108 @@
+"""Chat templates as transformers renders them (utils/chat_template_utils.py), in Jinja's sandbox.
+
+A template is a program out of the model's file: it gets no attribute that leads to the interpreter
+and can't change its arguments.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jinja2 import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import CallBlock
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from edgeslm.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    bos: str = "",
+    eos: str = "",
+    add_generation_prompt: bool = True,
+    *,
+    now: Callable[[], datetime] = datetime.now,
+) -> str:
+    """The text of `messages` ({role, content}) with the model's own marks around them.
+
+    bos, eos: the text of those tokens, "" where the model has none.  now: for templates that put
+    in the date.  Raises ModelError when the template is broken or refuses the messages.
+    """
+    marks = {name: text for name, text in (("bos_token", bos), ("eos_token", eos)) if text}
+    try:
+        return (
+            _environment(now)
+            .from_string(template)
+            .render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **marks,
+            )
+        )
+    except TemplateError as error:
+        raise ModelError(
+            f"the model's chat template refuses this: {error}",
+            hint="leave the system message out, keep turns alternating, or use edgeslm generate",
+        ) from error
+    except Exception as error:  # whatever a template raises, it is the template's fault
+        raise ModelError(
+            f"the model's chat template fails: {type(error).__name__}: {error}", hint="use edgeslm generate"
+        ) from error
+
+
+def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = partial(_strftime, now)
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: Jinja's own filter escapes for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime(now: Callable[[], datetime], form: str) -> str:
+    return now().strftime(form)
+
+
+class _GenerationTag(Extension):
+    """{% generation %}...{% endgeneration %}: marks what the assistant wrote, for training; here its text."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
+
+    def parse(self, parser: Parser) -> Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
+
+    def _text(self, caller: Callable[[], str]) -> str:
+        return caller()
