@@ -118,7 +118,7 @@ def write_bundle(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _clean_up_after_killed(out)
-        _check_replaceable(out)
+        check_replaceable(out)
         try:
             beside.mkdir()
             entries = [_place(beside, name, source) for name, source in sorted(files.items())]
@@ -340,7 +340,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _check_replaceable(out: Path) -> None:
+def check_replaceable(out: Path) -> None:
     """Only an empty directory or a bundle with nothing foreign in it may be replaced."""
     if not out.exists() and not out.is_symlink():
         return

@@ -22,13 +22,15 @@ from edgeslm.stages.architectures import module_names
 from edgeslm.stages.data import Document, render
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from edgeslm.recipe import CalibrateSpec
     from edgeslm.stages.checkpoint import Checkpoint
+
+    ChatRenderer = Callable[[str, Sequence[Mapping[str, str]], str, str], str]
 
 READ_AHEAD = 16
 """Windows are spread over so many times the text that is needed: its first pages are not typical."""
@@ -45,17 +47,20 @@ def run(
     spec: CalibrateSpec,
     out: Path,
     *,
+    chat: ChatRenderer,
     sources: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Measure the importance matrix of a model on documents and write it to `out`.
 
-    sources: names of the texts, noted in the file.  Raises DataError for too little text, ModelError
-    for a model that torch can't run and for activations that are not finite.
+    chat: renders messages, given template, messages, BOS and EOS as text.  sources: names of the texts,
+    noted in the file.  Raises DataError for too little text, ModelError for a model that torch can't run
+    and for activations that are not finite.
     """
     progress = progress or Quiet()
     tokenizer = checkpoint.tokenizer()
-    windows = choose_windows(token_stream(found, tokenizer), context=spec.context, tokens=spec.tokens)
+    stream = token_stream(found, tokenizer, chat)
+    windows = choose_windows(stream, context=spec.context, tokens=spec.tokens)
     bos = begin_token(tokenizer)
     if bos is not None:
         windows[:, 0] = bos
@@ -67,30 +72,31 @@ def run(
     return out
 
 
-def token_stream(found: Iterable[Document], tokenizer: Any) -> Iterator[int]:
+def token_stream(found: Iterable[Document], tokenizer: Any, chat: ChatRenderer) -> Iterator[int]:
     """Token ids of the documents with a blank line between them; only rendered chats hold special tokens."""
-    prefix = begin_token(tokenizer)
-    if prefix is not None:
-        yield prefix
+    bos = begin_token(tokenizer)
+    if bos is not None:
+        yield bos
+
+    def render_messages(messages: Sequence[Mapping[str, str]]) -> str:
+        return chat(_template(tokenizer), messages, tokenizer.bos_token or "", tokenizer.eos_token or "")
+
     for index, document in enumerate(found):
-        text = render(document, lambda messages: _chat(tokenizer, messages))
-        if index:
-            text = "\n\n" + text
-        yield from tokenizer.encode(
-            text, add_special_tokens=False, split_special_tokens=document.messages is None, verbose=False
-        )
+        text = ("\n\n" if index else "") + render(document, render_messages)
+        plain = document.messages is None
+        yield from tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)
 
 
-def _chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
-    if not tokenizer.chat_template:
+def _template(tokenizer: Any) -> str:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
         raise DataError(
             "the calibration text has conversations and the model has no chat template",
             hint="use plain text, or put the template into tokenizer_config.json",
         )
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
-    except Exception as error:  # a template raises what it likes
-        raise DataError(f"the model's chat template refuses a conversation: {error}") from error
+    return str(template)
 
 
 def begin_token(tokenizer: Any) -> int | None:

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeslm.bundle import file_sha256, open_bundle
+from edgeslm.device import probe
 from edgeslm.errors import ModelError
 from edgeslm.gguf_file import GgufFile, read_gguf
 from edgeslm.progress import Progress, Quiet
@@ -88,7 +89,7 @@ class Checkpoint:
         """Elements of all tensors that the files hold."""
         if self.kind == "gguf":
             return sum(tensor.parameters for tensor in read_gguf(self.path).tensors.values())
-        return sum(_elements(tensor.shape) for tensor in read_checkpoint(self.path).values())
+        return sum(tensor.parameters for tensor in read_checkpoint(self.path).values())
 
     def config(self) -> dict[str, Any]:
         """config.json of a Hugging Face directory; a GGUF file has none (read its fields)."""
@@ -106,7 +107,7 @@ class Checkpoint:
         memory_bytes: what may be used; None: what this machine has free.  Raises ModelError before
         loading when the weights do not fit, and when transformers does not know the architecture.
         """
-        self._check_memory(_free_memory_bytes() if memory_bytes is None else memory_bytes)
+        self._check_memory(memory_bytes or probe()["memory_available_bytes"])
         try:
             import torch
             from transformers import AutoModelForCausalLM
@@ -133,6 +134,8 @@ class Checkpoint:
                 if self.kind == "hf"
                 else "use the Hugging Face directory that the file was made of",
             ) from error
+        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+            model.set_attn_implementation("eager")  # the fused kernels leave the soft cap out
         return model.float().eval()
 
     def tokenizer(self) -> Any:
@@ -154,9 +157,9 @@ class Checkpoint:
                 hint="put tokenizer.json (or tokenizer.model) and tokenizer_config.json beside config.json",
             ) from error
 
-    def _check_memory(self, memory_bytes: int) -> None:
+    def _check_memory(self, memory_bytes: int | None) -> None:
         needed = self.parameters * 4
-        if needed > memory_bytes:
+        if memory_bytes is not None and needed > memory_bytes:
             raise ModelError(
                 f"{self.name}: {self.parameters / 1e6:,.0f} M parameters in float32 need "
                 f"{needed / 2**30:.1f} GiB, {memory_bytes / 2**30:.1f} GiB are free",
@@ -398,19 +401,6 @@ def _write_merged(path: Path, base: Checkpoint, out: Path) -> None:
 
 def _matching(directory: Path, patterns: tuple[str, ...]) -> set[Path]:
     return {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _free_memory_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeslm.bundle import file_sha256
-from edgeslm.errors import DataError
+from edgeslm.errors import DataError, EdgeslmError
 from edgeslm.progress import Progress, Quiet
 from edgeslm.stages.checkpoint import package_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    Chat = Callable[[Sequence[Mapping[str, str]]], str]
 
 JSONL = (".jsonl", ".ndjson")
 NOT_TEXT = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip", ".gguf", ".pdf", ".docx")
@@ -78,9 +80,21 @@ def split(found: Iterable[Document], heldout_every: int) -> tuple[list[Document]
     return kept, heldout
 
 
-def render(document: Document, chat: Callable[[Sequence[Mapping[str, str]]], str]) -> str:
-    """The document as text; chat: renders messages with a model's chat template."""
-    return chat(document.messages) if document.messages else document.text or ""
+def render(document: Document, chat: Chat) -> str:
+    """The document as text; chat: renders messages with a model's chat template.
+
+    A template that has no place for a system message gets it at the head of the first user message.
+    """
+    if not document.messages:
+        return document.text or ""
+    try:
+        return chat(document.messages)
+    except EdgeslmError:
+        system, *rest = document.messages
+        if system["role"] != "system" or not rest:
+            raise
+        first = {**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}
+        return chat((first, *rest[1:]))
 
 
 def sources_digest(sources: Sequence[str], *, base: Path | None = None) -> str:

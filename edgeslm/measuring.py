@@ -1,0 +1,103 @@
+"""An artifact against the model it was made of, both through the runtime that ships, and what to call them."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from edgeslm.bundle import Bundle, open_bundle
+from edgeslm.errors import DataError
+from edgeslm.gguf_file import read_gguf
+from edgeslm.recipe import QuantizeSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from edgeslm.progress import Progress
+    from edgeslm.runtime.runner import Runner
+    from edgeslm.stages.checkpoint import Checkpoint
+    from edgeslm.stages.data import Document
+
+UNQUANTIZED = {"F64", "F32", "F16", "BF16"}
+TEMPLATE_DATE = datetime(2026, 1, 1, tzinfo=UTC)
+"""The day that a chat template which puts in the date sees: equal inputs give equal bytes on any day."""
+
+
+def measure(
+    artifact: Bundle,
+    reference: Path | None,
+    found: Sequence[Document],
+    *,
+    context: int,
+    max_tokens: int | None,
+    threads: int | None,
+    progress: Progress,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Quality of an artifact on documents, against the unquantized file `reference`."""
+    from edgeslm.bench.quality import measure_quality
+    from edgeslm.runtime.runner import RunnerOptions, open_runner
+    from edgeslm.stages.data import render
+
+    options = RunnerOptions(context=context, batch=context, ubatch=min(512, context), threads=threads)
+    with ExitStack() as runners:
+
+        def opened(bundle: Bundle) -> Runner:
+            runner = open_runner(bundle, options)
+            runners.callback(runner.close)
+            return runner
+
+        candidate = opened(artifact)
+        other = None if reference is None else opened(open_bundle(reference))
+        texts = [render(document, lambda messages: artifact_chat(candidate, messages)) for document in found]
+        record = measure_quality(
+            candidate, other, texts, context=context, max_tokens=max_tokens, seed=seed, progress=progress,
+            parse_special=any(document.messages for document in found),
+        )  # fmt: skip
+    record["artifact"] |= identity(artifact)
+    return record
+
+
+def artifact_chat(runner: Runner, messages: Sequence[Mapping[str, str]]) -> str:
+    facts = runner.facts
+    if not facts.chat_template:
+        raise DataError(
+            "the text has conversations and the artifact has no chat template", hint="give plain text"
+        )
+    bos, eos = (
+        "" if token is None else runner.token_bytes(token, special=True).decode("utf-8", errors="replace")
+        for token in (facts.bos_token, facts.eos_token)
+    )
+    return render_messages(facts.chat_template, messages, bos, eos)
+
+
+def render_messages(template: str, messages: Sequence[Mapping[str, str]], bos: str, eos: str) -> str:
+    from edgeslm.runtime.template import render_chat
+
+    return render_chat(template, messages, bos, eos, add_generation_prompt=False, now=lambda: TEMPLATE_DATE)
+
+
+def identity(bundle: Bundle) -> dict[str, Any]:
+    tensors = read_gguf(bundle.weights).tensors.values()
+    return {
+        "name": bundle.name,
+        "path": str(bundle.path),
+        "format": bundle.format,
+        "digest": bundle.digest,
+        "file_bytes": bundle.size_bytes,
+        "bits_per_weight": 8 * sum(t.nbytes for t in tensors) / sum(t.parameters for t in tensors),
+    }
+
+
+def reference_weights(checkpoint: Checkpoint, directory: Path, progress: Progress) -> Path:
+    """An unquantized GGUF file of the model: its own, or one written to `directory` in F32."""
+    from edgeslm.stages import export_gguf
+
+    if checkpoint.kind == "gguf":
+        types = {tensor.type for tensor in read_gguf(checkpoint.path).tensors.values()}
+        if types <= UNQUANTIZED:
+            return checkpoint.path
+    spec = QuantizeSpec(scheme="F32", keep_going=True)
+    return export_gguf.run(checkpoint, spec, directory / "reference.gguf", progress=progress).path

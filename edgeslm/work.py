@@ -1,0 +1,127 @@
+"""Where a build keeps its stages' results: one directory for each, named by what went into it, whole or absent.
+
+    work/quantize-0123456789abcdef/{model.gguf, plan.json, stage.json}
+    work/run.jsonl      one line for each thing that happened
+
+A stage writes into a hidden directory that is renamed when it is whole, so whatever kills a build
+leaves nothing that a later one could take for a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from edgeslm.bundle import file_sha256
+from edgeslm.errors import EdgeslmError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from edgeslm.progress import Progress
+
+STAGE_FILE = "stage.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """An open work directory.  stages: what was run or skipped so far, as a build's result lists it."""
+
+    path: Path
+    force: frozenset[str]
+    progress: Progress
+    clock: Callable[[], float] = time.monotonic
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+    def stage(self, name: str, inputs: Mapping[str, Any], produce: Callable[[Path], None]) -> Path:
+        """The directory with the stage's result: an earlier one made of equal inputs, or a new one.
+
+        inputs: everything that can change the result's bytes, as JSON values.  produce: fills the
+        directory that it is given.  An earlier result counts only while every file has its hash.
+        """
+        key = hashlib.sha256(json.dumps([name, inputs], sort_keys=True).encode()).hexdigest()
+        final = self.path / f"{name}-{key[:16]}"
+        start = self.clock()
+        skipped = name not in self.force and _is_whole(final, key)
+        if skipped:
+            self.progress.note(f"{name}: skipped, its result is there")
+        else:
+            self.log("started", stage=name, key=key)
+            try:
+                self._run(name, key, inputs, produce, final)
+            except BaseException as error:
+                self.log("failed", stage=name, key=key, error=f"{type(error).__name__}: {error}")
+                raise
+        seconds = self.clock() - start
+        self.stages.append({"name": name, "key": key, "skipped": skipped, "seconds": seconds})
+        self.log("skipped" if skipped else "finished", stage=name, key=key, seconds=seconds)
+        return final
+
+    def log(self, event: str, **facts: Any) -> None:
+        """Append one line to the run log."""
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
+        with (self.path / "run.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _run(
+        self, name: str, key: str, inputs: Mapping[str, Any], produce: Callable[[Path], None], final: Path
+    ) -> None:
+        beside = self.path / f".{name}.part"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        try:
+            produce(beside)
+            hashes = {path.name: file_sha256(path) for path in sorted(beside.iterdir())}
+            record = {"stage": name, "key": key, "inputs": inputs, "files": hashes}
+            text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False)
+            (beside / STAGE_FILE).write_text(text + "\n", encoding="utf-8")
+            for path in (*beside.iterdir(), beside):
+                _flush(path)
+            shutil.rmtree(final, ignore_errors=True)
+            beside.rename(final)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def open_work(path: Path, force: frozenset[str], progress: Progress) -> Iterator[Work]:
+    """A work directory for one build at a time; what a killed build left is removed."""
+    import fcntl
+
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EdgeslmError(
+                f"another build is running in {path}", hint="wait for it, or give another --work"
+            ) from None
+        for left in path.glob(".*.part"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield Work(path=path, force=force, progress=progress)
+
+
+def _is_whole(directory: Path, key: str) -> bool:
+    """Whether a result is there, is of this key, and has not changed since."""
+    try:
+        record = json.loads((directory / STAGE_FILE).read_text(encoding="utf-8"))
+        files = record["files"]
+        return record["key"] == key and all(file_sha256(directory / name) == files[name] for name in files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
