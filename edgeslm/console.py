@@ -32,6 +32,7 @@ def build_text(record: Record) -> str:
         *_quality_summary(quality),
         *_speed_summary(bench),
         ("peak RSS", _memory(bench.get("memory") or {})),
+        *[("warning", text) for text in record.get("warnings") or ()],
         ("gate", _gate(record.get("gate"))),
         ("report", str(record.get("report") or wording.NOT_AVAILABLE)),
     ]
@@ -153,17 +154,9 @@ def bench_text(record: Record) -> str:
         rows = [row(run) for run in runs if run.get("kind") == kind]
         if rows:
             parts.append(_table(header, rows))
-    reasons = [
-        f"{run['kind']} of {_conditions(run)}: {'; '.join(run.get('reasons') or ('no reason given',))}"
-        for run in runs
-        if not run.get("valid", True)
-    ]
-    if reasons or not record.get("valid", True):
-        # the record repeats its runs' reasons; what it has of its own comes first
-        own = [
-            reason for reason in record.get("reasons") or () if not any(reason in line for line in reasons)
-        ]
-        parts.append(_bullets("INVALID: do not quote these numbers", own + reasons))
+    reasons = wording.invalid_reasons(record)
+    if reasons:
+        parts.append(_bullets("INVALID: do not quote these numbers", reasons))
     return "\n\n".join(parts)
 
 
@@ -239,33 +232,22 @@ def _quality_summary(quality: Record) -> list[tuple[str, str]]:
 
 
 def _speed_summary(bench: Record) -> list[tuple[str, str]]:
-    """The fastest run of each kind, as a user would set the threads."""
-    facts = []
-    for kind in ("prefill", "decode"):
-        runs = [run for run in bench.get("runs") or () if run.get("kind") == kind and run.get("tokens_per_s")]
-        best = max(runs, key=lambda run: (bool(run.get("valid", True)), run["tokens_per_s"]), default=None)
-        facts.append((kind, _speed(best)))
-        if kind == "prefill":
-            facts.append(("TTFT", _ttft(best)))
-    facts[1], facts[2] = facts[2], facts[1]
-    return facts
+    runs = bench.get("runs") or ()
+    prefill, decode = wording.headline(runs, "prefill"), wording.headline(runs, "decode")
+    return [("prefill", _speed(prefill)), ("decode", _speed(decode)), ("TTFT", _ttft(prefill))]
 
 
 def _speed(run: Record | None) -> str:
     if run is None:
         return wording.NOT_AVAILABLE
-    text = f"{wording.rate(run.get('tokens_per_s'))} ({_conditions(run)})"
+    text = f"{wording.rate(run.get('tokens_per_s'))} ({wording.conditions(run)})"
     return text if run.get("valid", True) else f"{text} INVALID: {'; '.join(run.get('reasons') or ())}"
-
-
-def _conditions(run: Record) -> str:
-    return f"{wording.count(run.get('tokens'), 'token')}, {wording.count(run.get('threads'), 'thread')}"
 
 
 def _ttft(run: Record | None) -> str:
     if run is None or not run.get("ttft_s"):
         return wording.NOT_AVAILABLE
-    return f"{wording.duration(run['ttft_s'].get('p50'))} (prompt of {_conditions(run)})"
+    return f"{wording.duration(run['ttft_s'].get('p50'))} (prompt of {wording.conditions(run)})"
 
 
 def _gate(gate: Record | None) -> str:

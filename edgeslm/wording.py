@@ -87,6 +87,10 @@ def frequency(hertz: float | None) -> str:
     return NOT_AVAILABLE if hertz is None else f"{significant(hertz / 1e9)} GHz"
 
 
+def celsius(degrees: float | None) -> str:
+    return NOT_AVAILABLE if degrees is None else f"{degrees:.0f} C"
+
+
 def duration(seconds: float | None) -> str:
     """'11.2 ms', '1.40 s', '2 min 05 s'."""
     if seconds is None:
@@ -122,6 +126,31 @@ def interval(estimate: Mapping[str, float | None] | None, *, as_percent: bool = 
 def _decimals(value: float) -> int:
     magnitude = math.floor(math.log10(abs(value))) if value else 0
     return min(9, max(4, 2 - magnitude)) if magnitude < 1 else max(0, 4 - 1 - magnitude)
+
+
+def headline(runs: Iterable[Mapping[str, Any]], kind: str) -> Mapping[str, Any] | None:
+    """The run of a kind to quote first: valid before invalid, then the longest, then the fastest."""
+    known = [run for run in runs if run.get("kind") == kind and run.get("tokens_per_s") is not None]
+    order = ("valid", "tokens", "tokens_per_s")
+    return max(known, key=lambda run: [run.get(key) or 0 for key in order], default=None)
+
+
+def conditions(run: Mapping[str, Any]) -> str:
+    """'512 tokens, 2 threads'."""
+    return f"{count(run.get('tokens'), 'token')}, {count(run.get('threads'), 'thread')}"
+
+
+def invalid_reasons(bench: Mapping[str, Any]) -> list[str]:
+    """Why a benchmark record or some of its runs are not valid: [] where all are."""
+    spoiled = [run for run in bench.get("runs") or () if run.get("valid") is False]
+    if bench.get("valid", True) and not spoiled:
+        return []
+    by_run = [
+        f"{run.get('kind')} of {conditions(run)}: {reason}"
+        for run in spoiled
+        for reason in run.get("reasons") or ()
+    ]
+    return list(bench.get("reasons") or by_run or ("no reason given",))
 
 
 def spread(run: Mapping[str, Any]) -> str:

@@ -1,0 +1,405 @@
+"""What the measurements say, as blocks: verdicts, summary, quality, size, speed, memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgeslm import wording
+from edgeslm.bench import plots
+from edgeslm.bench.blocks import (
+    Block,
+    Cards,
+    Figure,
+    Notes,
+    Table,
+    Verdict,
+    at,
+    bench_runs,
+    colour,
+    matrix,
+    said_of,
+    whose,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from edgeslm.bench.blocks import Entry, Rows
+
+LOGARITHMIC_FROM = 20
+"""Ratio between the largest and the smallest value from which an axis is logarithmic."""
+
+
+def verdicts(entries: Sequence[Entry]) -> list[Verdict]:
+    """The gates and the invalid benchmarks of all results, what is wrong before what is right."""
+    found = []
+    for entry in entries:
+        gate, bench = entry.get("gate"), entry.get("bench") or {}
+        if gate is not None:
+            misses = gate.get("misses") or ()
+            missed = f"gate missed, {wording.count(len(misses), 'bound')}"
+            state, said = ("passed", "gate passed") if gate.get("passed") else ("missed", missed)
+            items = [wording.gate_miss(miss) for miss in misses]
+            found.append(Verdict(state=state, title=said_of(entry, entries, said), lines=items))
+        if bench.get("valid") is False:
+            said = "benchmark INVALID, do not quote its speed"
+            reasons = wording.invalid_reasons(bench)
+            found.append(Verdict(state="invalid", title=said_of(entry, entries, said), lines=reasons))
+    return sorted(found, key=lambda verdict: ("missed", "invalid", "passed").index(verdict.state))
+
+
+def summary(entries: Sequence[Entry]) -> list[Block]:
+    if len(entries) == 1:
+        cards = _cards(entries[0])
+        return [Cards(cards=cards)] if cards else []
+    rows: Rows = (
+        (
+            "gate",
+            lambda e: {True: "passed", False: "MISSED"}.get(at(e, "gate", "passed"), wording.NOT_AVAILABLE),
+        ),
+        ("size", lambda e: wording.size(at(e, "artifact", "file_bytes"))),
+        ("bits per weight", lambda e: wording.significant(at(e, "artifact", "bits_per_weight"))),
+        ("KL divergence, nats", lambda e: wording.interval(at(e, "quality", "kl_nats", "mean"))),
+        ("perplexity", lambda e: wording.interval(at(e, "quality", "perplexity"))),
+        ("top-1 agreement", lambda e: wording.interval(at(e, "quality", "top1_agreement"), as_percent=True)),
+        ("prefill", lambda e: _quoted(e, "prefill")),
+        ("decode", lambda e: _quoted(e, "decode")),
+        ("TTFT", lambda e: wording.duration(at(wording.headline(bench_runs(e), "prefill"), "ttft_s", "p50"))),
+        ("peak RSS", lambda e: wording.size(at(e, "bench", "memory", "peak_rss_bytes"))),
+    )
+    blocks = matrix("Results side by side", rows, entries, numbers=True)
+    points = [
+        plots.Point(
+            label=entry["label"], x=entry["artifact"]["file_bytes"] / 2**20, colour=colour(number),
+            y=kl["value"], low=kl.get("low"), high=kl.get("high"),
+        )
+        for number, entry in enumerate(entries)
+        if (kl := at(entry, "quality", "kl_nats", "mean") or {}).get("value") is not None
+        and at(entry, "artifact", "file_bytes") is not None
+    ]  # fmt: skip
+    if len(points) > 1:
+        said = "Size against KL divergence"
+        svg = plots.scatter("size-kl", said, points, x_unit="MiB", y_unit="mean KL divergence, nats")
+        blocks.append(Figure(caption=f"{said}: nearer to the lower left is better", svg=svg))
+    return blocks
+
+
+def _cards(entry: Entry) -> list[tuple[str, str, str]]:
+    quality, bench = entry.get("quality") or {}, entry.get("bench") or {}
+    prefill, decode = (wording.headline(bench_runs(entry), kind) for kind in ("prefill", "decode"))
+    perplexity, around = _split(at(quality, "perplexity"), "")
+    reference = at(quality, "reference_perplexity", "value")
+    cards = [
+        ("size", wording.size(at(entry, "artifact", "file_bytes")),
+         f"{wording.significant(at(entry, 'artifact', 'bits_per_weight'))} bits per weight"),
+        ("KL divergence", *_split(at(quality, "kl_nats", "mean"), " nats")),
+        ("perplexity", perplexity, f"{around}, reference {wording.interval({'value': reference})}" if reference else around),
+        ("top-1 agreement", *_split(at(quality, "top1_agreement"), "", as_percent=True)),
+        ("prefill", _quoted(entry, "prefill"), wording.conditions(prefill or {})),
+        ("decode", _quoted(entry, "decode"), wording.conditions(decode or {})),
+        ("time to first token", wording.duration(at(prefill, "ttft_s", "p50")), wording.conditions(prefill or {})),
+        ("peak RSS", wording.size(at(bench, "memory", "peak_rss_bytes")),
+         f"{wording.size(at(bench, 'memory', 'file_backed_bytes'))} of it file-backed"),
+    ]  # fmt: skip
+    return [
+        (name, value, "" if detail.startswith(wording.NOT_AVAILABLE) else detail)
+        for name, value, detail in cards
+        if value != wording.NOT_AVAILABLE
+    ]
+
+
+def quality(entries: Sequence[Entry]) -> list[Block]:
+    measured = [entry for entry in entries if entry.get("quality")]
+    if not measured:
+        return []
+    blocks: list[Block] = []
+    perplexities = _perplexities(measured)
+    if len(perplexities) > 1:
+        svg = plots.intervals("perplexity", "Perplexity", perplexities, unit="perplexity")
+        blocks.append(Figure(caption="Perplexity with its interval: less is better", svg=svg))
+    divergences = _divergences(measured)
+    if divergences:
+        logarithmic = _spans(divergences)
+        what = (
+            "KL divergence to the reference" if len(measured) == 1 else "Mean KL divergence to the reference"
+        )
+        svg = plots.intervals("kl", what, divergences, unit="nats", logarithmic=logarithmic)
+        blocks.append(Figure(caption=f"{what}, in nats: less is better", svg=svg))
+    level = {quality.get("confidence") for entry in measured if (quality := entry["quality"])}
+    percent = f"{min(level) * 100:g} % " if len(level) == 1 and None not in level else ""
+    blocks += matrix(f"Quality with {percent}intervals", QUALITY_ROWS, measured, numbers=True)
+    blocks += matrix("How it was measured", PROTOCOL_ROWS, measured)
+    texts = {(at(e, "quality", "text", "sha256"), at(e, "quality", "protocol", "context")) for e in measured}
+    if len(texts) > 1:
+        said = "These results were measured on different texts or windows: don't compare them."
+        blocks.append(Notes(title="Not comparable", lines=[said], bad=True))
+    methods = dict.fromkeys(method for e in measured if (method := at(e, "quality", "protocol", "method")))
+    if methods:
+        blocks.append(Notes(title="Method", lines=list(methods)))
+    return blocks
+
+
+QUALITY_ROWS: Rows = (
+    ("reference perplexity", lambda e: wording.interval(at(e, "quality", "reference_perplexity"))),
+    ("perplexity", lambda e: wording.interval(at(e, "quality", "perplexity"))),
+    ("perplexity ratio", lambda e: wording.interval(at(e, "quality", "perplexity_ratio"))),
+    ("KL divergence, mean", lambda e: wording.interval(at(e, "quality", "kl_nats", "mean"))),
+    ("KL divergence, median", lambda e: wording.interval(at(e, "quality", "kl_nats", "median"))),
+    ("KL divergence, p99", lambda e: wording.interval(at(e, "quality", "kl_nats", "p99"))),
+    ("KL divergence, max", lambda e: wording.interval(at(e, "quality", "kl_nats", "max"))),
+    ("top-1 agreement", lambda e: wording.interval(at(e, "quality", "top1_agreement"), as_percent=True)),
+)
+PROTOCOL_ROWS: Rows = (
+    ("reference", lambda e: _reference(e) if at(e, "quality", "reference") else wording.NOT_AVAILABLE),
+    ("text", lambda e: ", ".join(at(e, "quality", "text", "sources") or ()) or wording.NOT_AVAILABLE),
+    ("tokens scored", lambda e: wording.count(at(e, "quality", "protocol", "scored_tokens"))),
+    ("windows", lambda e: f"{wording.count(at(e, 'quality', 'protocol', 'windows'))} of "
+                          f"{wording.count(at(e, 'quality', 'protocol', 'context'), 'token')}"),
+)  # fmt: skip
+
+
+def _perplexities(entries: Sequence[Entry]) -> list[plots.Interval]:
+    """Each reference once, then the artifacts."""
+    references: dict[tuple[Any, ...], plots.Interval] = {}
+    artifacts = []
+    for number, entry in enumerate(entries):
+        name = f"{_reference(entry)} (before)"
+        for row in _interval(name, at(entry, "quality", "reference_perplexity"), 5):
+            references.setdefault((row.value, row.low, row.high), row)
+        artifacts += _interval(entry["label"], at(entry, "quality", "perplexity"), colour(number))
+    return [*references.values(), *artifacts]
+
+
+def _divergences(entries: Sequence[Entry]) -> list[plots.Interval]:
+    if len(entries) > 1:
+        return [
+            row
+            for number, entry in enumerate(entries)
+            for row in _interval(entry["label"], at(entry, "quality", "kl_nats", "mean"), colour(number))
+        ]
+    names = {"median": "median", "mean": "mean", "p99": "99th percentile", "max": "largest"}
+    kl = at(entries[0], "quality", "kl_nats") or {}
+    return [row for key, name in names.items() for row in _interval(name, kl.get(key), 1)]
+
+
+def size(entries: Sequence[Entry]) -> list[Block]:
+    plans = [entry for entry in entries if at(entry, "quantization", "types")]
+    if not plans:
+        return []
+    order = _type_colours(plans)
+    head = ("result",) if len(entries) > 1 else ()
+    rows, colours, stacks = [], [], []
+    for entry in plans:
+        types = entry["quantization"]["types"]
+        total = sum(of.get("bytes") or 0 for of in types.values()) or 1
+        segments = []
+        for name in sorted(types, key=list(order).index):
+            of = types[name]
+            share = wording.percent((of.get("bytes") or 0) / total)
+            rows.append((*whose(entry, entries), name, *_sums(of), share))
+            colours.append(order[name])
+            segments.append((name, of.get("bytes") or 0, order[name]))
+        said = (
+            f"{wording.size(total)}, {wording.significant(at(entry, 'quantization', 'bits_per_weight'))} bits"
+        )
+        stacks.append(plots.Stack(label=entry["label"], text=said, segments=segments))
+    header = (*head, "type", "tensors", "parameters", "size", "bits per weight", "share")
+    svg = plots.stacks("types", "Bytes by tensor type", stacks)
+    blocks: list[Block] = [
+        Figure(caption="Where the bytes are, by tensor type", svg=svg),
+        Table(caption="Tensor types", header=header, rows=rows, left=len(header) - 5, colours=colours),
+    ]
+    if len(entries) == 1 and entries[0].get("kinds"):
+        blocks += _kinds(entries[0]["kinds"], order)
+    for entry in plans:
+        fallbacks = entry["quantization"].get("fallbacks") or ()
+        if fallbacks:
+            said = f"{wording.count(len(fallbacks), 'tensor')} fell back to another type than the scheme's"
+            lines = wording.fallback_lines(fallbacks)
+            blocks.append(Notes(title=said_of(entry, entries, said), lines=lines))
+    return blocks
+
+
+def _kinds(kinds: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> list[Block]:
+    rows = [(kind["kind"], ", ".join(kind.get("types") or ()), *_sums(kind)) for kind in kinds]
+    stacks = [
+        plots.Stack(
+            label=kind["kind"], text=", ".join((wording.size(kind.get("bytes")), *(kind.get("types") or ()))),
+            segments=[(name, of.get("bytes") or 0, order.get(name, 5)) for name, of in kind.get("types", {}).items()],
+        )
+        for kind in kinds
+        if (kind.get("bytes") or 0) * 200 > max(other.get("bytes") or 0 for other in kinds)  # a hair is no bar
+    ]  # fmt: skip
+    header = ("kind", "types", "tensors", "parameters", "size", "bits per weight")
+    svg = plots.stacks("kinds", "Bytes by kind of tensor", stacks)
+    return [
+        Figure(caption="Where the bytes are, by kind of tensor", svg=svg),
+        Table(caption="Kinds of tensors", header=header, rows=rows, left=2),
+    ]
+
+
+def speed(entries: Sequence[Entry]) -> list[Block]:
+    blocks: list[Block] = []
+    timed = [entry for entry in entries if bench_runs(entry)]
+    head = ("result",) if len(entries) > 1 else ()
+    for kind, name in (("prefill", "Prefill"), ("decode", "Decode")):
+        runs = [(number, entry, run) for number, entry in enumerate(timed) for run in bench_runs(entry)
+                if run.get("kind") == kind and run.get("tokens_per_s") is not None]  # fmt: skip
+        if not runs:
+            continue
+        rows = [_bar(run, colour(number), _run_label(entry, run, timed)) for number, entry, run in runs]
+        svg = plots.bars(kind, f"{name} speed", rows, unit="tokens/s")
+        said = f"{name}, tokens/s: more is better"
+        said += "; the outline ends at the ceiling that memory bandwidth sets" if kind == "decode" else ""
+        columns = PREFILL if kind == "prefill" else DECODE
+        cells = [(*whose(entry, entries), *(show(run) for _, show in columns)) for _, entry, run in runs]
+        header = (*head, *(name for name, _ in columns))
+        keep = [
+            i for i in range(len(header)) if any(row[i] not in ("", wording.NOT_AVAILABLE) for row in cells)
+        ]
+        blocks += [
+            Figure(caption=said, svg=svg),
+            Table(
+                caption=name, header=[header[i] for i in keep], rows=[[row[i] for i in keep] for row in cells],
+                left=len(head),
+            ),
+        ]  # fmt: skip
+    for entry in timed:
+        reasons = wording.invalid_reasons(entry["bench"])
+        if reasons:
+            blocks.append(Notes(title=said_of(entry, entries, "INVALID runs"), lines=reasons, bad=True))
+    return blocks
+
+
+PREFILL: Rows = (
+    ("tokens", lambda run: wording.count(run.get("tokens"))),
+    ("threads", lambda run: wording.count(run.get("threads"))),
+    ("tokens/s", lambda run: wording.rate_number(run.get("tokens_per_s"))),
+    ("spread", wording.spread),
+    ("TTFT p50", lambda run: wording.duration(at(run, "ttft_s", "p50"))),
+    ("TTFT min", lambda run: wording.duration(at(run, "ttft_s", "min"))),
+    ("TTFT max", lambda run: wording.duration(at(run, "ttft_s", "max"))),
+    ("validity", lambda run: "INVALID" if run.get("valid") is False else ""),
+)
+DECODE: Rows = (
+    *PREFILL[:4],
+    ("per token p50", lambda run: wording.duration(at(run, "tpot_s", "p50"))),
+    ("p95", lambda run: wording.duration(at(run, "tpot_s", "p95"))),
+    ("p99", lambda run: wording.duration(at(run, "tpot_s", "p99"))),
+    ("ceiling", lambda run: wording.rate_number(run.get("ceiling_tokens_per_s"))),
+    ("reached", lambda run: wording.percent(run.get("ceiling_fraction"), 0)),
+    PREFILL[-1],
+)
+
+
+def _bar(run: Mapping[str, Any], colour: int, label: str) -> plots.Bar:
+    rates = [
+        run["tokens"] / seconds for seconds in run.get("samples_s") or () if seconds > 0 and run.get("tokens")
+    ]
+    text = wording.rate(run["tokens_per_s"])
+    if run.get("ceiling_fraction") is not None:
+        text += f", {wording.percent(run['ceiling_fraction'], 0)} of ceiling"
+    valid = run.get("valid") is not False
+    return plots.Bar(
+        label=label, text=text if valid else f"INVALID {text}", value=run["tokens_per_s"],
+        low=min(rates, default=None), high=max(rates, default=None), ceiling=run.get("ceiling_tokens_per_s"),
+        valid=valid, colour=colour,
+    )  # fmt: skip
+
+
+def memory(entries: Sequence[Entry]) -> list[Block]:
+    known = [entry for entry in entries if at(entry, "bench", "memory", "peak_rss_bytes") is not None]
+    if not known:
+        return []
+    stacks = []
+    for entry in known:
+        memory = entry["bench"]["memory"]
+        parts = [
+            ("file-backed", memory.get("file_backed_bytes"), 1),
+            ("anonymous", memory.get("anonymous_bytes"), 2),
+        ]
+        segments = [(name, value, colour) for name, value, colour in parts if value is not None]
+        rest = memory["peak_rss_bytes"] - sum(value for _, value, _ in segments)
+        segments += [("not attributed", rest, 5)] if rest > 0 else []
+        text = wording.size(memory["peak_rss_bytes"])
+        stacks.append(plots.Stack(label=entry["label"], text=text, segments=segments))
+    svg = plots.stacks("rss", "Peak resident memory", stacks)
+    said = "Peak resident memory; file-backed pages are the mapped weights, which the system can drop"
+    rows: Rows = (
+        ("peak RSS", lambda e: wording.size(at(e, "bench", "memory", "peak_rss_bytes"))),
+        ("file-backed", lambda e: wording.size(at(e, "bench", "memory", "file_backed_bytes"))),
+        ("anonymous", lambda e: wording.size(at(e, "bench", "memory", "anonymous_bytes"))),
+        ("weights", lambda e: wording.size(at(e, "artifact", "weight_bytes"))),
+        ("time to load", lambda e: wording.duration(at(e, "bench", "load_s"))),
+    )
+    return [Figure(caption=said, svg=svg), *matrix("Memory", rows, known, numbers=True)]
+
+
+def _split(estimate: Mapping[str, Any] | None, unit: str, *, as_percent: bool = False) -> tuple[str, str]:
+    """The value and its interval apart: ('0.0817 nats', '[0.0760, 0.0874]')."""
+    value, _, interval = wording.interval(estimate, as_percent=as_percent).partition(" [")
+    if interval:
+        return value + (" %" if as_percent else unit), f"[{interval}".removesuffix(" %")
+    return value + ("" if estimate is None else unit), ""
+
+
+def _quoted(entry: Entry, kind: str) -> str:
+    """The speed to quote first, or that it is not to be quoted."""
+    run = wording.headline(bench_runs(entry), kind)
+    text = wording.rate(at(run, "tokens_per_s"))
+    return f"INVALID {text}" if at(run, "valid") is False else text
+
+
+def _interval(label: str, estimate: Mapping[str, Any] | None, of_colour: int) -> list[plots.Interval]:
+    """A row of a plot, or none for what was not measured."""
+    if estimate is None or estimate.get("value") is None:
+        return []
+    return [
+        plots.Interval(
+            label=label, text=wording.interval(estimate), value=estimate["value"], low=estimate.get("low"),
+            high=estimate.get("high"), colour=of_colour,
+        )
+    ]  # fmt: skip
+
+
+def _spans(rows: Sequence[plots.Interval]) -> bool:
+    """Whether the values are too far apart for a linear axis."""
+    values = [row.value for row in rows if row.value > 0]
+    return bool(values) and max(values) > LOGARITHMIC_FROM * min(values)
+
+
+def _reference(entry: Entry) -> str:
+    reference = at(entry, "quality", "reference") or {}
+    return str(reference.get("name") or reference.get("description") or "reference")
+
+
+def _type_colours(plans: Sequence[Entry]) -> dict[str, int]:
+    """A colour for each tensor type of the report, the types of most bits first."""
+    widths: dict[str, float] = {}
+    for entry in plans:
+        for name, of in entry["quantization"]["types"].items():
+            widths[name] = max(widths.get(name, 0.0), (of.get("bytes") or 0) / (of.get("parameters") or 1))
+    ordered = sorted(widths, key=lambda name: (widths[name], name))
+    return {name: colour(number) for number, name in enumerate(ordered)}
+
+
+def _sums(group: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    return (
+        wording.count(group.get("tensors")), wording.parameters(group.get("parameters")),
+        wording.size(group.get("bytes")), wording.bits(group),
+    )  # fmt: skip
+
+
+def _run_label(entry: Entry, run: Mapping[str, Any], timed: Sequence[Entry]) -> str:
+    """What tells the bars of a plot apart: the result, the conditions, or both."""
+    conditions = {
+        wording.conditions(each)
+        for other in timed
+        for each in bench_runs(other)
+        if each["kind"] == run["kind"]
+    }
+    parts = [
+        *whose(entry, timed),
+        *([wording.conditions(run)] if len(conditions) > 1 or len(timed) == 1 else []),
+    ]
+    return ": ".join(parts)

@@ -1,0 +1,359 @@
+"""The records that a report is made of: read as untrusted files, checked, and put together by artifact.
+
+A result may be a bundle directory, a record that `build`, `eval` or `bench` wrote, or an earlier
+report's JSON.  Records of one artifact become one entry; a second measurement of the same artifact,
+on another machine or another text, becomes an entry beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from edgeslm.bundle import Bundle, open_bundle
+from edgeslm.errors import DataError
+from edgeslm.gguf_file import read_gguf
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    Record = Mapping[str, Any]
+
+SCHEMA = "edgeslm.report/1"
+BUNDLE, QUALITY, BENCH, BUILD = "edgeslm.bundle/1", "edgeslm.quality/1", "edgeslm.bench/1", "edgeslm.build/1"
+MAX_RECORD_BYTES = 2**26
+FACTS = ("model", "quantization", "recipe", "versions", "kinds")
+"""What is known of the artifact itself, however often it is measured."""
+MEASURED = ("quality", "bench", "gate", "stages", "warnings")
+
+# The shapes of records: float stands for any finite number.  Every value may be missing or null.
+_ESTIMATE = {"value": float, "low": float, "high": float}
+_ARTIFACT = {
+    **dict.fromkeys(("name", "path", "format", "digest", "architecture"), str),
+    **dict.fromkeys(("file_bytes", "weight_bytes", "parameters", "bits_per_weight"), float),
+}
+_TIMES = dict.fromkeys(("p50", "p95", "p99", "min", "max"), float)
+_RUN = {
+    **dict.fromkeys(("kind", "kv_type"), str),
+    **dict.fromkeys(("tokens", "threads", "batch", "ubatch", "context", "repetitions", "tokens_per_s",
+                     "tokens_per_s_stdev", "ceiling_tokens_per_s", "ceiling_fraction"), float),
+    **dict.fromkeys(("flash_attention", "mmap", "valid"), bool),
+    "samples_s": [float], "tpot_s": _TIMES, "ttft_s": _TIMES, "reasons": [str],
+}  # fmt: skip
+_MACHINE = {
+    **dict.fromkeys(("cpu_model", "architecture", "os", "kernel", "python", "governor"), str),
+    **dict.fromkeys(("physical_cores", "logical_cores", "usable_cores", "memory_bytes", "frequency_hz",
+                     "memory_available_bytes", "temperature_c", "load_average_1m"), float),
+    "instruction_sets": [str], "emulated": bool,
+}  # fmt: skip
+_QUALITY: dict[str, Any] = {
+    "artifact": _ARTIFACT,
+    "reference": _ARTIFACT,
+    "text": {"sources": [str], "sha256": str, "tokens": float},
+    "protocol": {"context": float, "scored_tokens": float, "windows": float, "method": str},
+    **dict.fromkeys(("perplexity", "reference_perplexity", "perplexity_ratio", "top1_agreement"), _ESTIMATE),
+    "kl_nats": dict.fromkeys(("mean", "median", "p99", "max"), _ESTIMATE),
+    "confidence": float,
+}
+_BENCH: dict[str, Any] = {
+    "created_at": str, "artifact": _ARTIFACT, "machine": _MACHINE, "machine_after": _MACHINE,
+    "versions": {"*": str}, "memory_bandwidth_bytes_per_s": float, "load_s": float, "runs": [_RUN],
+    "memory": dict.fromkeys(("peak_rss_bytes", "file_backed_bytes", "anonymous_bytes"), float),
+    "valid": bool, "reasons": [str],
+}  # fmt: skip
+_GATE = {
+    "passed": bool,
+    "misses": [{"bound": str, "limit": float, "value": float, "by": float}],
+}
+_STAGES = [{"name": str, "key": str, "skipped": bool, "seconds": float}]
+_TYPE = {"tensors": float, "parameters": float, "bytes": float}
+_QUANTIZATION = {
+    "scheme": str, "bits_per_weight": float, "importance": str, "types": {"*": _TYPE},
+    "fallbacks": [{"tensor": str, "wanted": str, "got": str, "wanted_bits": float, "got_bits": float,
+                   "reason": str}],
+}  # fmt: skip
+_KINDS = [{"kind": str, "tensors": float, "parameters": float, "bytes": float, "types": {"*": _TYPE}}]
+_MODEL = {
+    **dict.fromkeys(("architecture", "tokenizer", "source", "source_sha256", "licence"), str),
+    **dict.fromkeys(("parameters", "context_length", "vocab_size"), float),
+}
+_RECIPE = {"text": str, "sha256": str}
+_MANIFEST: dict[str, Any] = {
+    "name": str, "task": str, "format": str, "weights": str, "model": _MODEL, "quantization": _QUANTIZATION,
+    "recipe": _RECIPE, "versions": {"*": str}, "quality": _QUALITY,
+    "files": [{"path": str, "bytes": float, "sha256": str}],
+}  # fmt: skip
+_ENTRY = {
+    "label": str, "artifact": _ARTIFACT, "digests": [str], "model": _MODEL, "quantization": _QUANTIZATION,
+    "recipe": _RECIPE, "versions": {"*": str}, "kinds": _KINDS, "quality": _QUALITY, "bench": _BENCH,
+    "gate": _GATE, "stages": _STAGES, "warnings": [str],
+}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    BUNDLE: {"path": str, "digest": str, "bytes": float, "manifest": _MANIFEST, "kinds": _KINDS},
+    QUALITY: _QUALITY,
+    BENCH: _BENCH,
+    BUILD: {
+        "bundle": str, "bytes": float, "bits_per_weight": float, "quality": _QUALITY, "bench": _BENCH,
+        "gate": _GATE, "report": str, "stages": _STAGES, "warnings": [str],
+    },
+    SCHEMA: {"results": [_ENTRY]},
+}  # fmt: skip
+
+
+def load_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The records at `paths`, in order.  Raises DataError naming the path and what is there instead."""
+    records: list[dict[str, Any]] = []
+    for path in paths:
+        if path.is_dir():
+            bundle = open_bundle(path)
+            records.append(bundle_record(bundle))
+            if (path / "report.json").is_file():
+                records.append(_read(path / "report.json"))
+        else:
+            record = _read(path)
+            built = Path(record["bundle"]) if record.get("schema") == BUILD and record.get("bundle") else None
+            if built is not None and (built / "manifest.json").is_file():
+                records.append(bundle_record(open_bundle(built)))
+            records.append(record)
+    return records
+
+
+def bundle_record(bundle: Bundle) -> dict[str, Any]:
+    """What a bundle's manifest and the header of its weights say, checked."""
+    weights = read_gguf(bundle.weights)
+    kinds: dict[str, dict[str, Any]] = {}
+    for tensor in weights.tensors.values():
+        parts = [
+            part for part in tensor.name.split(".") if part not in ("blk", "weight") and not part.isdigit()
+        ]
+        kind = kinds.setdefault(".".join(parts), {"tensors": 0, "parameters": 0, "bytes": 0, "types": {}})
+        for group in (
+            kind,
+            kind["types"].setdefault(tensor.type, {"tensors": 0, "parameters": 0, "bytes": 0}),
+        ):
+            group["tensors"] += 1
+            group["parameters"] += tensor.parameters
+            group["bytes"] += tensor.nbytes
+    record = {
+        "schema": BUNDLE,
+        "path": str(bundle.path),
+        "digest": bundle.digest,
+        "bytes": bundle.size_bytes,
+        "manifest": bundle.manifest,
+        "kinds": [
+            {"kind": kind, **sums} for kind, sums in sorted(kinds.items(), key=lambda item: -item[1]["bytes"])
+        ],
+    }
+    check(record, str(bundle.path))
+    return record
+
+
+def check(record: Any, where: str) -> str:
+    """The schema of a record whose values have the types that its schema gives them; DataError otherwise."""
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: holds {_what(record)}, not a record", hint=_HINT)
+    schema = record.get("schema")
+    if schema not in SHAPES:
+        named = f"a record of the unknown schema {schema!r}" if schema else "JSON without an edgeslm schema"
+        raise DataError(f"{where}: {named}", hint=_HINT)
+    _check(record, SHAPES[schema], where, "")
+    return str(schema)
+
+
+_HINT = "give bundles, or files that `edgeslm build`, `eval`, `bench` or `report` wrote with --json or --out"
+
+
+def _check(value: Any, shape: Any, where: str, key: str) -> None:
+    """Walk a value along its shape; its depth bounds the recursion."""
+    if value is None:
+        return
+    if isinstance(shape, dict):
+        fits = isinstance(value, Mapping)
+        if fits:
+            for name, inner in value.items():
+                wanted = shape.get(name, shape.get("*"))
+                if wanted is not None:
+                    _check(inner, wanted, where, f"{key}.{name}" if key else name)
+    elif isinstance(shape, list):
+        fits = isinstance(value, list | tuple)
+        if fits:
+            for number, inner in enumerate(value):
+                _check({} if inner is None else inner, shape[0], where, f"{key}[{number}]")
+    elif shape is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    else:
+        fits = isinstance(value, shape)
+    if not fits:
+        wanted = (
+            "an object" if isinstance(shape, dict) else "a list" if isinstance(shape, list) else _NAMES[shape]
+        )
+        raise DataError(f"{where}: {key} is {_what(value)}, not {wanted}", hint=_HINT)
+
+
+_NAMES = {float: "a number", str: "text", bool: "true or false"}
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, list | tuple):
+        return "a list"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checked record out of a JSON file."""
+    try:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            data = file.read(MAX_RECORD_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}", hint=_HINT) from error
+    if data.startswith(b"GGUF"):
+        raise DataError(
+            f"{path}: a GGUF file, not a record", hint=f"measure it: edgeslm bench {path} --out FILE"
+        )
+    if len(data) > MAX_RECORD_BYTES:
+        raise DataError(f"{path}: {size_bytes} bytes, too big for a record", hint=_HINT)
+    try:
+        record = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: binary data, not a record", hint=_HINT) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON: {error}", hint=_HINT) from error
+    check(record, str(path))
+    return dict(record)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number that JSON has")
+
+
+def report_document(records: Sequence[Record]) -> dict[str, Any]:
+    """Records as {schema, results}: one entry per artifact and measurement, in order of first appearance."""
+    entries: list[dict[str, Any]] = []
+    for number, record in enumerate(records):
+        for entry in _entries(record, check(record, f"record {number}")):
+            _merge(entries, entry)
+    names = Counter(entry["artifact"].get("name") or "unnamed" for entry in entries)
+    seen: Counter[str] = Counter()
+    for entry in entries:
+        name = entry["artifact"].get("name") or "unnamed"
+        seen[name] += 1
+        entry["label"] = name if names[name] == 1 else f"{name} #{seen[name]}"
+    return {"schema": SCHEMA, "results": entries}
+
+
+def _entries(record: Record, schema: str) -> list[dict[str, Any]]:
+    """A record as one entry, or a report's several; every key of an entry is there, null where unknown."""
+    if schema == SCHEMA:
+        return [
+            _entry(**{key: entry.get(key) for key in _ENTRY if key != "label"})
+            for entry in record["results"] or ()
+        ]
+    if schema == QUALITY:
+        return [_entry(artifact=record.get("artifact"), quality=record)]
+    if schema == BENCH:
+        return [_entry(artifact=record.get("artifact"), bench=record, versions=record.get("versions"))]
+    if schema == BUILD:
+        return [_build_entry(record)]
+    return [_bundle_entry(record)]
+
+
+def _build_entry(record: Record) -> dict[str, Any]:
+    bench, quality = record.get("bench") or {}, record.get("quality") or {}
+    artifact = {**(quality.get("artifact") or {}), **(bench.get("artifact") or {})}
+    artifact |= {"path": record.get("bundle") or artifact.get("path")}
+    artifact.setdefault("name", Path(artifact["path"]).name if artifact["path"] else None)
+    artifact["file_bytes"] = record.get("bytes") or artifact.get("file_bytes")
+    artifact["bits_per_weight"] = record.get("bits_per_weight") or artifact.get("bits_per_weight")
+    return _entry(
+        artifact=artifact, versions=bench.get("versions"), **{key: record.get(key) for key in MEASURED}
+    )
+
+
+def _bundle_entry(record: Record) -> dict[str, Any]:
+    manifest = record.get("manifest") or {}
+    model, quantization = manifest.get("model") or {}, manifest.get("quantization") or {}
+    types = (quantization.get("types") or {}).values()
+    artifact = {
+        "name": manifest.get("name") or Path(record["path"]).stem,
+        "path": record.get("path"),
+        "format": manifest.get("format"),
+        "digest": record.get("digest"),
+        "file_bytes": record.get("bytes"),
+        "weight_bytes": sum(of.get("bytes") or 0 for of in types) or None,
+        "parameters": model.get("parameters"),
+        "bits_per_weight": quantization.get("bits_per_weight"),
+        "architecture": model.get("architecture"),
+    }
+    hashes = [
+        file.get("sha256")
+        for file in manifest.get("files") or ()
+        if file.get("path") == manifest.get("weights")
+    ]
+    return _entry(
+        artifact=artifact, digests=hashes, kinds=record.get("kinds"),
+        **{key: manifest.get(key) for key in ("model", "quantization", "recipe", "versions", "quality")},
+    )  # fmt: skip
+
+
+def _entry(**known: Any) -> dict[str, Any]:
+    artifact = dict(known.get("artifact") or {})
+    measured = [known.get(section) or {} for section in ("quality", "bench")]
+    about = [artifact, *((record.get("artifact") or {}) for record in measured)]
+    digests = {*(known.get("digests") or ()), *(each.get("digest") for each in about)}
+    return {
+        "label": None,
+        "artifact": artifact,
+        "digests": sorted(digest for digest in digests if digest),
+        **{key: known.get(key) or None for key in (*FACTS, *MEASURED)},
+    }
+
+
+def _merge(entries: list[dict[str, Any]], new: dict[str, Any]) -> None:
+    """Add an entry, or fill the gaps of one that is about the same artifact and agrees in what both have."""
+    same = [entry for entry in entries if _same_artifact(entry, new)]
+    for entry in same:
+        _fill(entry, new, FACTS)
+        _fill(new, entry, FACTS)
+    for entry in same:
+        if all(_agree(entry[key], new[key]) for key in MEASURED):
+            _fill(entry, new, MEASURED)
+            return
+    entries.append(new)
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Whether two sections are one measurement; what each says of the artifact's name and place may differ."""
+    if one is None or other is None or one == other:
+        return True
+    aside = ("artifact", "reference", "schema")
+    return (
+        isinstance(one, Mapping)
+        and isinstance(other, Mapping)
+        and all(one.get(key) == other.get(key) for key in {*one, *other}.difference(aside))
+    )
+
+
+def _fill(entry: dict[str, Any], source: dict[str, Any], keys: Iterable[str]) -> None:
+    for key in keys:
+        if entry[key] is None:
+            entry[key] = source[key]
+    entry["artifact"] |= {
+        key: value for key, value in source["artifact"].items() if entry["artifact"].get(key) is None
+    }
+    entry["digests"] = sorted({*entry["digests"], *source["digests"]})
+
+
+def _same_artifact(one: Record, other: Record) -> bool:
+    """By digest where both have one, else by path."""
+    if one["digests"] and other["digests"]:
+        return not set(one["digests"]).isdisjoint(other["digests"])
+    path = one["artifact"].get("path")
+    return path is not None and path == other["artifact"].get("path")

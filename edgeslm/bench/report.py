@@ -1,0 +1,133 @@
+"""Results side by side as JSON, Markdown and one self-contained HTML page.
+
+A report document (records.py) becomes sections of blocks (findings.py, provenance.py), and each
+template renders the same blocks: what the page says, the Markdown says too, plots aside.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from edgeslm import wording
+from edgeslm.bench import findings, provenance
+from edgeslm.bench.blocks import Section, at
+from edgeslm.bench.records import SCHEMA, load_results, report_document
+from edgeslm.bundle import atomic_write
+from edgeslm.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from edgeslm.bench.blocks import Entry
+
+__all__ = ["load_results", "render_html", "render_json", "render_markdown", "report_document", "write_report"]
+
+SECTIONS = (
+    ("summary", "Summary", findings.summary),
+    ("quality", "Quality before and after", findings.quality),
+    ("size", "Size", findings.size),
+    ("speed", "Speed", findings.speed),
+    ("memory", "Memory", findings.memory),
+    ("machine", "Machine", provenance.machine),
+    ("origin", "What was built from what", provenance.origin),
+    ("reproduce", "How to reproduce", provenance.reproduce),
+)
+"""In reading order."""
+
+
+def write_report(results: Iterable[Path], out: Path) -> dict[str, Any]:
+    """Write the report on `results` to a directory, or to one file that ends in .html, .md or .json.
+
+    Returns {schema, html, markdown, json}: the paths written, null for what was not asked for.
+    Raises DataError naming a file that is no record.
+    """
+    document = report_document(load_results(results))
+    formats = {
+        "html": ("report.html", render_html),
+        "markdown": ("report.md", render_markdown),
+        "json": ("report.json", render_json),
+    }
+    single = {".html": "html", ".md": "markdown", ".json": "json"}.get(out.suffix)
+    if single is None and out.exists() and not out.is_dir():
+        raise DataError(
+            f"{out}: a file, not a directory",
+            hint="name a directory, or a file that ends in .html, .md or .json",
+        )
+    (out if single is None else out.parent).mkdir(parents=True, exist_ok=True)
+    written: dict[str, Any] = {"schema": SCHEMA, **dict.fromkeys(formats)}
+    for key, (name, render) in formats.items():
+        if single in (None, key):
+            path = out / name if single is None else out
+            atomic_write(path, render(document))
+            written[key] = str(path)
+    return written
+
+
+def render_json(document: Mapping[str, Any]) -> str:
+    """The document itself."""
+    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def render_html(document: Mapping[str, Any]) -> str:
+    """One page with its style and its plots inside; jinja escapes every text of a record."""
+    return _render("report.html.j2", document)
+
+
+def render_markdown(document: Mapping[str, Any]) -> str:
+    """The same sections for a pull request: tables and lists, no HTML, no plots."""
+    return _render("report.md.j2", document)
+
+
+def _render(template: str, document: Mapping[str, Any]) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=template.endswith(".html.j2"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters.update(md=markdown_text, fence=fence)
+    source = files("edgeslm.bench").joinpath("templates", template).read_text(encoding="utf-8")
+    entries = document["results"]
+    made = [Section(name=name, title=title, blocks=make(entries)) for name, title, make in SECTIONS]
+    return environment.from_string(source).render(
+        title=_title(entries),
+        subtitle=_subtitle(entries),
+        verdicts=findings.verdicts(entries),
+        sections=[section for section in made if section.blocks],
+    )
+
+
+def _title(entries: Sequence[Entry]) -> str:
+    return str(entries[0]["label"]) if len(entries) == 1 else f"{len(entries)} results side by side"
+
+
+def _subtitle(entries: Sequence[Entry]) -> str:
+    """The model and scheme of one result, the names of several."""
+    if len(entries) != 1:
+        return ", ".join(entry["label"] for entry in entries)
+    entry = entries[0]
+    parameters, source = at(entry, "artifact", "parameters"), at(entry, "model", "source")
+    parts = (
+        at(entry, "quantization", "scheme"),
+        at(entry, "model", "architecture") or at(entry, "artifact", "architecture"),
+        f"{wording.parameters(parameters)} parameters" if parameters else None,
+        f"made from {source}" if source else None,
+    )
+    return ", ".join(part for part in parts if part)
+
+
+def markdown_text(text: str) -> str:
+    """Text that stays itself in GitHub's Markdown: one line, no HTML, no cell ends, links or emphasis."""
+    line = " ".join(str(text).split())
+    line = re.sub(r"([\\`*<|~]|(?<!\w)_|_(?!\w)|\](?=[(\[:]))", r"\\\1", line)
+    return re.sub(r"^([>#+-]|\d+[.)](?=\s))", r"\\\1", line)  # no quote, heading or list
+
+
+def fence(text: str) -> str:
+    """A fence of backticks longer than any in `text`."""
+    longest = max((len(ticks) for ticks in re.findall(r"`+", text)), default=0)
+    return "`" * max(3, longest + 1)
