@@ -139,6 +139,17 @@ def _without_tied_head(stored: Mapping[str, SafeTensor], warnings: list[str]) ->
 
 def _check_complete(tensors: Sequence[Tensor], config: Config) -> None:
     names = {tensor.name for tensor in tensors}
+    family = architecture_of(config).gguf
+    biased = [
+        name
+        for name in sorted(names)
+        if name.endswith(("attn_output.bias", "gate.bias", "up.bias", "down.bias"))
+    ]
+    if biased and family not in ("llama", "granite"):
+        raise ModelError(
+            f"{biased[0]} and {len(biased) - 1} more biases have no place in llama.cpp's {family}",
+            hint="train the model without attention_bias and mlp_bias",
+        )
     if len(names) != len(tensors):
         twice = sorted({t.name for t in tensors if sum(t.name == other.name for other in tensors) > 1})
         raise ModelError(f"several tensors of the checkpoint would be written as {twice[0]}")
