@@ -356,8 +356,10 @@ def init(model: str, device: str, out: Path | None, as_json: bool) -> None:
     \b
     Example:  edgeslm init HuggingFaceTB/SmolLM2-135M-Instruct --device rpi5-8gb --out chat.toml
     """
+    from edgeslm.device import load_device
     from edgeslm.recipe import recipe_template, write_template
 
+    load_device(device)  # an unknown profile is an error before anything is written
     text = recipe_template(model, device)
     if out is not None:
         write_template(text, out)

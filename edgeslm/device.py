@@ -34,7 +34,7 @@ ARM_PARTS = {
     (0x4E, 0x004): "Carmel", (0x61, 0x022): "Apple M1 (Icestorm)", (0x61, 0x023): "Apple M1 (Firestorm)",
     (0xC0, 0xAC3): "Ampere-1",
 }  # fmt: skip
-"""(implementer, part) of the main ID register to a core's name; Linux 6.12 arch/arm64/include/asm/cputype.h."""
+"""(implementer, part) of the main ID register to a core name; Linux 6.12 arch/arm64/include/asm/cputype.h."""
 
 INSTRUCTION_SETS = {
     "avx": ("avx",), "avx2": ("avx2",), "f16c": ("f16c",), "fma": ("fma",), "avx512f": ("avx512f",),

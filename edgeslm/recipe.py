@@ -19,9 +19,9 @@ TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q
                 "Q4_1", "IQ4_NL", "IQ4_XS")  # fmt: skip
 """Types that a tensor of an export can have."""
 
-SCHEMES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL", "F16", "BF16",
-           "F32", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_0", "Q5_1", "Q4_1", "IQ4_XS")  # fmt: skip
-"""What a scheme may be: a preset, or a tensor type for all weights."""
+SCHEMES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS", "F16", "BF16", "F32",
+           "Q5_0", "Q5_1", "Q4_1", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q5_K", "Q4_K", "Q3_K")  # fmt: skip
+"""Presets that a scheme may name, as edgeslm.stages.plan has them (a test compares the two)."""
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
