@@ -37,8 +37,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"errors", "progress", "bundle", "gguf_file", "runtime"},
     "bench": {"errors", "progress", "wording", "device", "bundle", "gguf_file", "runtime", "bench"},
     "console": {"errors", "wording"},
+    "card": {"wording"},
+    "work": {"errors", "progress", "bundle"},
+    "measuring": {"errors", "progress", "recipe", "bundle", "gguf_file", "stages", "runtime", "bench"},
     "pipeline": {
-        "errors", "progress", "recipe", "device", "bundle", *FILES, "inspection", "stages", "runtime", "bench",
+        *LEAVES, "recipe", "device", "bundle", *FILES, "inspection", "card", "work", "measuring",
+        "stages", "runtime", "bench",
     },
     "cli": {
         *LEAVES, *FILES, "bundle", "recipe", "device", "doctor", "inspection", "pipeline", "console", "stages",
@@ -49,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # (importer, imported): only inside a function, so that loading the importer stays cheap and free of torch.
 ONLY_LAZILY = {
     ("inspection", "stages"), ("pipeline", "stages"), ("pipeline", "runtime"), ("pipeline", "bench"),
+    ("measuring", "stages"), ("measuring", "runtime"), ("measuring", "bench"),
     *(("cli", name) for name in MAY_IMPORT["cli"]),
 }  # fmt: skip
 

@@ -1,0 +1,65 @@
+# make demo         a real model, quantized, verified and measured, in build/quickstart
+# make test         the tests (minutes); make test-slow: the long ones too
+# make test-device  the device half's tests, in an environment without torch
+# make lint types   ruff and mypy
+#
+# Everything runs in virtual environments below this folder, made by plain pip; nothing else is touched.
+# Another Python:           make demo PYTHON=python3.12
+# torch without CUDA:       make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+
+VENV := .venv
+DEVICE_VENV := .venv-device
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+# llama-cpp-python compiles here: without llama.cpp's examples and its vision library, in two thirds of the time
+COMPILE := CMAKE_ARGS="-DLLAMA_BUILD_COMMON=OFF -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$(CORES)
+PIP_INSTALL := -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+
+.PHONY: demo test test-slow test-device lint types clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/edgeslm build recipes/quickstart.toml --out build/quickstart
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -q -m "not slow" $(PYTEST_FLAGS)
+
+test-slow: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -q -m slow --timeout=1800 $(PYTEST_FLAGS)
+
+test-device: $(DEVICE_VENV)/.test
+	$(DEVICE_VENV)/bin/python -m pytest -q -m "not workstation and not slow" $(PYTEST_FLAGS)
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.test
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) $(DEVICE_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.demo: $(VENV)/.made pyproject.toml constraints.txt
+	$(COMPILE) $(VENV)/bin/python $(PIP_INSTALL) -e ".[workstation,demo]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(VENV)/bin/python $(PIP_INSTALL) -e ".[workstation,demo,test]"
+	touch $@
+
+$(DEVICE_VENV)/.test: $(DEVICE_VENV)/.made pyproject.toml constraints.txt
+	$(COMPILE) $(DEVICE_VENV)/bin/python $(PIP_INSTALL) -e ".[gguf,test]"
+	touch $@
+
+%/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "edgeslm needs Python 3.11 or newer, and $(PYTHON) is not: try  make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "$(PYTHON) can't make virtual environments; on Debian:  sudo apt install python3-venv"; exit 1; }
+	@command -v c++ >/dev/null || { \
+	  echo "llama.cpp needs a C++ compiler; on Debian:  sudo apt install g++ cmake"; exit 1; }
+	$(PYTHON) -m venv $*
+	touch $@

@@ -1,0 +1,125 @@
+"""The wheel holds what it should, and what is in it is found after an installation."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from edgeslm import __version__
+from edgeslm.device import list_devices
+from edgeslm.schema import shipped_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DEVICE_HALF = {"click", "jinja2", "numpy", "psutil", "rich", "tokenizers"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if find_spec("hatchling") is None or find_spec("pip") is None:
+        pytest.skip("hatchling or pip is not installed")
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet",
+               "--disable-pip-version-check", "--wheel-dir", str(out), str(ROOT)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_members(wheel: Path) -> None:
+    """Every file of the package, both data folders, and nothing of the tests."""
+    assert wheel.name == f"edgeslm-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        members = set(archive.namelist())
+    source = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "edgeslm").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    data = {
+        f"edgeslm/{path.relative_to(ROOT).as_posix()}"
+        for folder in ("recipes", "devices")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    }
+    assert source | data <= members
+    extra = members - source - data
+    assert all(name.startswith(f"edgeslm-{__version__}.dist-info/") for name in extra), extra
+    assert "edgeslm/py.typed" in members
+    assert "edgeslm/recipes/data/chat.jsonl" in members
+
+
+def test_metadata(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        info = f"edgeslm-{__version__}.dist-info"
+        metadata = archive.read(f"{info}/METADATA").decode()
+        scripts = archive.read(f"{info}/entry_points.txt").decode()
+    assert "edgeslm = edgeslm.cli:main" in scripts
+    assert "Requires-Python: >=3.11" in metadata
+    plain = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.M)
+    assert {name.lower() for name in plain} == DEVICE_HALF, "nothing else without an extra"
+
+
+def test_data_is_found_in_an_installation(wheel: Path, tmp_path: Path) -> None:
+    """From an unpacked wheel, far from the source tree: profiles, recipes and the template."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "import json, edgeslm\n"
+        "from edgeslm.device import list_devices, load_device\n"
+        "from edgeslm.recipe import load_recipe, recipe_template\n"
+        "from edgeslm.schema import shipped_folder\n"
+        "recipes = [load_recipe(p).name for p in sorted(shipped_folder('recipes').glob('*.toml'))]\n"
+        "print(json.dumps([edgeslm.__file__, list_devices(), recipes, recipe_template('a/b', 'rpi5-8gb')]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    where, devices, recipes, template = json.loads(done.stdout)
+    assert where.startswith(str(tmp_path))
+    assert devices == list_devices()
+    assert "smollm2-135m-quickstart" in recipes
+    assert 'device = "rpi5-8gb"' in template
+
+
+def test_data_is_found_in_the_source_tree() -> None:
+    assert shipped_folder("devices") == ROOT / "devices"
+    assert shipped_folder("recipes") == ROOT / "recipes"
+
+
+def test_version_is_said_once_and_the_same() -> None:
+    assert PROJECT["version"] == __version__
+
+
+def test_constraints_pin_every_direct_dependency() -> None:
+    """And each pin is one that pyproject.toml allows."""
+    packaging = pytest.importorskip("packaging.requirements")
+    pins: dict[str, str] = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, _, version = line.partition("==")
+            assert version, f"{line!r} pins nothing"
+            pins[name.replace("_", "-").lower()] = version
+    extras = PROJECT["optional-dependencies"].values()
+    wanted = [packaging.Requirement(line) for lines in (PROJECT["dependencies"], *extras) for line in lines]
+    needed = {one.name.replace("_", "-").lower(): one for one in wanted if one.name != "edgeslm"}
+    assert set(needed) == set(pins)
+    for name, requirement in needed.items():
+        assert requirement.specifier.contains(pins[name]), requirement
+
+
+def test_the_device_half_needs_no_torch() -> None:
+    for extra in ("gguf", "test", "demo"):
+        for line in PROJECT["optional-dependencies"][extra]:
+            assert not re.match(r"torch|transformers|accelerate|peft|edgeslm\[workstation", line)
