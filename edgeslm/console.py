@@ -150,18 +150,16 @@ def bench_text(record: Record) -> str:
     ]  # fmt: skip
     runs = record.get("runs") or ()
     parts = [_facts(facts)]
-    for kind, header, row in (("prefill", PREFILL, _prefill_row), ("decode", DECODE, _decode_row)):
-        rows = [row(run) for run in runs if run.get("kind") == kind]
+    for kind, columns in wording.RUN_COLUMNS.items():
+        rows = [[show(run) for _, show in columns] for run in runs if run.get("kind") == kind]
         if rows:
-            parts.append(_table(header, rows))
+            keep = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+            header = (kind, *(name for name, _ in columns[1:]))
+            parts.append(_table([header[i] for i in keep], [[row[i] for i in keep] for row in rows]))
     reasons = wording.invalid_reasons(record)
     if reasons:
         parts.append(_bullets("INVALID: do not quote these numbers", reasons))
     return "\n\n".join(parts)
-
-
-PREFILL = ("prefill", "threads", "tokens/s", "+-", "TTFT p50", "min", "max", "")
-DECODE = ("decode", "threads", "tokens/s", "+-", "per token p50", "p95", "p99", "of ceiling", "")
 
 
 def doctor_text(record: Record) -> str:
@@ -198,13 +196,37 @@ def devices_text(record: Record) -> str:
     """All profiles in a table, or one profile with the source of every value."""
     devices = record.get("devices") or []
     if len(devices) == 1:
-        return _facts(_flat(devices[0]))
-    rows = [
-        (device["name"], str(device.get("cores")), wording.size(device.get("memory_bytes")),
-         wording.bandwidth(device.get("memory_bandwidth_bytes_per_s")), device.get("description") or "")
-        for device in devices
-    ]  # fmt: skip
+        return _facts(_profile(devices[0]))
+    rows: list[tuple[str, ...]] = []
+    for device in devices:
+        first, *more = _wrap(device["description"], WIDTH - 42)
+        bandwidth = wording.bandwidth(device.get("memory_bandwidth_bytes_per_s"))
+        rows.append(
+            (device["name"], str(device["cores"]), wording.size(device["memory_bytes"]), bandwidth, first)
+        )
+        rows += [("", "", "", "", line) for line in more]
     return _table(("device", "cores", "memory", "bandwidth", ""), rows, left=(0, 4))
+
+
+def _profile(device: Record) -> list[tuple[str, str]]:
+    sources, power = device.get("sources") or {}, device.get("max_power_w")
+    operations = device.get("prefill_ops_per_s")
+    values = {
+        "cpu": f"{device['cpu_model']}, {device['architecture']}, {wording.count(device['cores'], 'core')} at "
+        f"{wording.frequency(device['frequency_hz'])}, {' '.join(device['instruction_sets'])}",
+        "memory": wording.size(device["memory_bytes"]),
+        "bandwidth": wording.bandwidth(device.get("memory_bandwidth_bytes_per_s")),
+        "prefill": wording.NOT_AVAILABLE
+        if operations is None
+        else f"{wording.significant(operations / 1e9)} GOP/s",
+        "power": wording.NOT_AVAILABLE if power is None else f"{power:g} W at most",
+    }
+    facts = [("device", f"{device['name']}: {device['description']}")]
+    for name, value in values.items():
+        facts.append((name, value))
+        if sources.get(name):
+            facts.append(("", f"source: {sources[name]}"))
+    return facts
 
 
 def paths_text(record: Record) -> str:
@@ -288,32 +310,6 @@ def _machine(machine: Record) -> str:
     return ", ".join(parts)
 
 
-def _flag(run: Record) -> str:
-    return "" if run.get("valid", True) else "INVALID"
-
-
-def _prefill_row(run: Record) -> tuple[str, ...]:
-    ttft = run.get("ttft_s") or {}
-    return (
-        wording.count(run.get("tokens")), wording.count(run.get("threads")),
-        wording.rate_number(run.get("tokens_per_s")), wording.spread(run),
-        *(wording.duration(ttft.get(key)) for key in ("p50", "min", "max")), _flag(run),
-    )  # fmt: skip
-
-
-def _decode_row(run: Record) -> tuple[str, ...]:
-    per_token = run.get("tpot_s") or {}
-    ceiling = wording.NOT_AVAILABLE
-    if run.get("ceiling_tokens_per_s") is not None:
-        reached = wording.percent(run.get("ceiling_fraction"), 0)
-        ceiling = f"{reached} of {wording.rate_number(run['ceiling_tokens_per_s'])}"
-    return (
-        wording.count(run.get("tokens")), wording.count(run.get("threads")),
-        wording.rate_number(run.get("tokens_per_s")), wording.spread(run),
-        *(wording.duration(per_token.get(key)) for key in ("p50", "p95", "p99")), ceiling, _flag(run),
-    )  # fmt: skip
-
-
 def _architecture(record: Record) -> str:
     parts = [str(record.get("architecture") or wording.NOT_AVAILABLE)]
     for key, name in (("layers", "layers"), ("hidden_size", "wide"), ("heads", "heads"),
@@ -348,19 +344,6 @@ def _mark(engine: Record) -> str:
     if engine.get("imports"):
         return "[ok]"
     return "[!!]" if engine.get("version") else "[--]"
-
-
-def _flat(record: Record, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested tables as dotted keys; lists on one line."""
-    facts: list[tuple[str, str]] = []
-    for key, value in record.items():
-        if isinstance(value, dict):
-            facts += _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list | tuple):
-            facts.append((prefix + key, ", ".join(map(str, value))))
-        else:
-            facts.append((prefix + key, wording.NOT_AVAILABLE if value is None else str(value)))
-    return facts
 
 
 def _facts(pairs: Iterable[tuple[str, str]]) -> str:

@@ -11,7 +11,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 NOT_AVAILABLE = "n/a"
 
@@ -182,7 +182,7 @@ def gate_miss(miss: Mapping[str, Any]) -> str:
 
     miss: {bound, limit, value} with value None where it could not be measured.
     """
-    bound, limit, value = str(miss["bound"]), miss.get("limit"), miss.get("value")
+    bound, limit, value = str(miss.get("bound")), miss.get("limit"), miss.get("value")
     quantity = BOUNDS.get(bound, bound)
     if value is None or limit is None:
         return f"{quantity} not measured: no verdict on {bound} = {bound_value(bound, limit)}"
@@ -208,3 +208,34 @@ def fallback_lines(fallbacks: Iterable[Mapping[str, Any]]) -> list[str]:
             line += f", {got_bits:.2f} bits instead of {wanted_bits:.2f}"
         lines.append(line)
     return lines
+
+
+def _time(times: str, key: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda run: duration((run.get(times) or {}).get(key))
+
+
+_COMMON: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
+    ("tokens", lambda run: count(run.get("tokens"))),
+    ("threads", lambda run: count(run.get("threads"))),
+    ("tokens/s", lambda run: rate_number(run.get("tokens_per_s"))),
+    ("spread", spread),
+)
+RUN_COLUMNS = {
+    "prefill": (
+        *_COMMON,
+        ("TTFT p50", _time("ttft_s", "p50")),
+        ("TTFT min", _time("ttft_s", "min")),
+        ("TTFT max", _time("ttft_s", "max")),
+        ("validity", lambda run: "INVALID" if run.get("valid") is False else ""),
+    ),
+    "decode": (
+        *_COMMON,
+        ("per token p50", _time("tpot_s", "p50")),
+        ("p95", _time("tpot_s", "p95")),
+        ("p99", _time("tpot_s", "p99")),
+        ("ceiling", lambda run: rate_number(run.get("ceiling_tokens_per_s"))),
+        ("reached", lambda run: percent(run.get("ceiling_fraction"), 0)),
+        ("validity", lambda run: "INVALID" if run.get("valid") is False else ""),
+    ),
+}
+"""Tables of benchmark runs: for each kind the columns' names and how each shows a run."""

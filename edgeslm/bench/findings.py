@@ -20,6 +20,7 @@ from edgeslm.bench.blocks import (
     said_of,
     whose,
 )  # fmt: skip
+from edgeslm.bench.provenance import recipe_values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,13 +40,25 @@ def verdicts(entries: Sequence[Entry]) -> list[Verdict]:
             misses = gate.get("misses") or ()
             missed = f"gate missed, {wording.count(len(misses), 'bound')}"
             state, said = ("passed", "gate passed") if gate.get("passed") else ("missed", missed)
-            items = [wording.gate_miss(miss) for miss in misses]
+            items = [*map(wording.gate_miss, misses), *_bounds(entry, misses)]
             found.append(Verdict(state=state, title=said_of(entry, entries, said), lines=items))
         if bench.get("valid") is False:
             said = "benchmark INVALID, do not quote its speed"
             reasons = wording.invalid_reasons(bench)
             found.append(Verdict(state="invalid", title=said_of(entry, entries, said), lines=reasons))
     return sorted(found, key=lambda verdict: ("missed", "invalid", "passed").index(verdict.state))
+
+
+def _bounds(entry: Entry, misses: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The bounds that were kept, as the recipe sets them."""
+    gate = recipe_values(entry).get("gate")
+    missed = {miss.get("bound") for miss in misses}
+    kept = [
+        f"{bound} = {wording.bound_value(bound, limit)}"
+        for bound, limit in (gate.items() if isinstance(gate, dict) else ())
+        if bound not in missed and isinstance(limit, int | float)
+    ]
+    return [f"kept: {', '.join(kept)}"] if kept else []
 
 
 def summary(entries: Sequence[Entry]) -> list[Block]:
@@ -88,12 +101,13 @@ def _cards(entry: Entry) -> list[tuple[str, str, str]]:
     quality, bench = entry.get("quality") or {}, entry.get("bench") or {}
     prefill, decode = (wording.headline(bench_runs(entry), kind) for kind in ("prefill", "decode"))
     perplexity, around = _split(at(quality, "perplexity"), "")
-    reference = at(quality, "reference_perplexity", "value")
+    if at(quality, "reference_perplexity", "value") is not None:
+        around += f", reference {wording.interval({'value': quality['reference_perplexity']['value']})}"
     cards = [
         ("size", wording.size(at(entry, "artifact", "file_bytes")),
          f"{wording.significant(at(entry, 'artifact', 'bits_per_weight'))} bits per weight"),
         ("KL divergence", *_split(at(quality, "kl_nats", "mean"), " nats")),
-        ("perplexity", perplexity, f"{around}, reference {wording.interval({'value': reference})}" if reference else around),
+        ("perplexity", perplexity, around),
         ("top-1 agreement", *_split(at(quality, "top1_agreement"), "", as_percent=True)),
         ("prefill", _quoted(entry, "prefill"), wording.conditions(prefill or {})),
         ("decode", _quoted(entry, "decode"), wording.conditions(decode or {})),
@@ -221,10 +235,10 @@ def size(entries: Sequence[Entry]) -> list[Block]:
 
 
 def _kinds(kinds: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> list[Block]:
-    rows = [(kind["kind"], ", ".join(kind.get("types") or ()), *_sums(kind)) for kind in kinds]
+    rows = [(str(kind.get("kind")), ", ".join(kind.get("types") or ()), *_sums(kind)) for kind in kinds]
     stacks = [
         plots.Stack(
-            label=kind["kind"], text=", ".join((wording.size(kind.get("bytes")), *(kind.get("types") or ()))),
+            label=str(kind.get("kind")), text=", ".join((wording.size(kind.get("bytes")), *(kind.get("types") or ()))),
             segments=[(name, of.get("bytes") or 0, order.get(name, 5)) for name, of in kind.get("types", {}).items()],
         )
         for kind in kinds
@@ -251,7 +265,7 @@ def speed(entries: Sequence[Entry]) -> list[Block]:
         svg = plots.bars(kind, f"{name} speed", rows, unit="tokens/s")
         said = f"{name}, tokens/s: more is better"
         said += "; the outline ends at the ceiling that memory bandwidth sets" if kind == "decode" else ""
-        columns = PREFILL if kind == "prefill" else DECODE
+        columns = wording.RUN_COLUMNS[kind]
         cells = [(*whose(entry, entries), *(show(run) for _, show in columns)) for _, entry, run in runs]
         header = (*head, *(name for name, _ in columns))
         keep = [
@@ -269,27 +283,6 @@ def speed(entries: Sequence[Entry]) -> list[Block]:
         if reasons:
             blocks.append(Notes(title=said_of(entry, entries, "INVALID runs"), lines=reasons, bad=True))
     return blocks
-
-
-PREFILL: Rows = (
-    ("tokens", lambda run: wording.count(run.get("tokens"))),
-    ("threads", lambda run: wording.count(run.get("threads"))),
-    ("tokens/s", lambda run: wording.rate_number(run.get("tokens_per_s"))),
-    ("spread", wording.spread),
-    ("TTFT p50", lambda run: wording.duration(at(run, "ttft_s", "p50"))),
-    ("TTFT min", lambda run: wording.duration(at(run, "ttft_s", "min"))),
-    ("TTFT max", lambda run: wording.duration(at(run, "ttft_s", "max"))),
-    ("validity", lambda run: "INVALID" if run.get("valid") is False else ""),
-)
-DECODE: Rows = (
-    *PREFILL[:4],
-    ("per token p50", lambda run: wording.duration(at(run, "tpot_s", "p50"))),
-    ("p95", lambda run: wording.duration(at(run, "tpot_s", "p95"))),
-    ("p99", lambda run: wording.duration(at(run, "tpot_s", "p99"))),
-    ("ceiling", lambda run: wording.rate_number(run.get("ceiling_tokens_per_s"))),
-    ("reached", lambda run: wording.percent(run.get("ceiling_fraction"), 0)),
-    PREFILL[-1],
-)
 
 
 def _bar(run: Mapping[str, Any], colour: int, label: str) -> plots.Bar:
@@ -396,7 +389,7 @@ def _run_label(entry: Entry, run: Mapping[str, Any], timed: Sequence[Entry]) -> 
         wording.conditions(each)
         for other in timed
         for each in bench_runs(other)
-        if each["kind"] == run["kind"]
+        if each.get("kind") == run.get("kind")
     }
     parts = [
         *whose(entry, timed),

@@ -92,7 +92,7 @@ class Scale:
 
 def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten within [low, high], at most `most` of them."""
-    if not high > low:
+    if not (high - low) / most > 0:
         return [low]
     exponent = math.floor(math.log10((high - low) / most))
     for factor in (1, 2, 5, 10, 20, 50):

@@ -8,7 +8,6 @@ on another machine or another text, becomes an entry beside it.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,11 +25,13 @@ if TYPE_CHECKING:
 SCHEMA = "edgeslm.report/1"
 BUNDLE, QUALITY, BENCH, BUILD = "edgeslm.bundle/1", "edgeslm.quality/1", "edgeslm.bench/1", "edgeslm.build/1"
 MAX_RECORD_BYTES = 2**26
+LARGEST = 1e18
+"""No quantity in a record is bigger; NaN and infinity are not below it either."""
 FACTS = ("model", "quantization", "recipe", "versions", "kinds")
 """What is known of the artifact itself, however often it is measured."""
 MEASURED = ("quality", "bench", "gate", "stages", "warnings")
 
-# The shapes of records: float stands for any finite number.  Every value may be missing or null.
+# The shapes of records: float stands for any number up to LARGEST.  Every value may be missing or null.
 _ESTIMATE = {"value": float, "low": float, "high": float}
 _ARTIFACT = {
     **dict.fromkeys(("name", "path", "format", "digest", "architecture"), str),
@@ -184,7 +185,7 @@ def _check(value: Any, shape: Any, where: str, key: str) -> None:
             for number, inner in enumerate(value):
                 _check({} if inner is None else inner, shape[0], where, f"{key}[{number}]")
     elif shape is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
     else:
         fits = isinstance(value, shape)
     if not fits:
@@ -282,7 +283,7 @@ def _bundle_entry(record: Record) -> dict[str, Any]:
     model, quantization = manifest.get("model") or {}, manifest.get("quantization") or {}
     types = (quantization.get("types") or {}).values()
     artifact = {
-        "name": manifest.get("name") or Path(record["path"]).stem,
+        "name": manifest.get("name") or Path(record.get("path") or "unnamed").stem,
         "path": record.get("path"),
         "format": manifest.get("format"),
         "digest": record.get("digest"),
