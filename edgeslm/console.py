@@ -34,7 +34,7 @@ def build_text(record: Record) -> str:
         ("peak RSS", _memory(bench.get("memory") or {})),
         *[("warning", text) for text in record.get("warnings") or ()],
         ("gate", _gate(record.get("gate"))),
-        ("report", str(record.get("report") or wording.NOT_AVAILABLE)),
+        ("report", wording.text(record.get("report"))),
     ]
     return _facts(facts)
 
@@ -44,7 +44,7 @@ def quantize_text(record: Record) -> str:
     plan = record.get("quantization") or {}
     facts = [
         (record.get("kind") or "file", f"{record['path']}, {wording.size(record.get('bytes'))}"),
-        ("scheme", str(plan.get("scheme") or wording.NOT_AVAILABLE)),
+        ("scheme", wording.text(plan.get("scheme"))),
         ("bits per weight", wording.significant(plan.get("bits_per_weight"))),
         ("importance", f"matrix {_digest(plan['importance'])}" if plan.get("importance") else "none"),
         ("took", wording.duration(record.get("seconds"))),
@@ -73,8 +73,9 @@ def quantize_text(record: Record) -> str:
 def inspect_text(record: Record, *, tensors: bool = False) -> str:
     """Facts, the kinds of tensors (or each one), estimated memory, and the traps at the end."""
     facts = [
-        (record.get("kind") or "model", f"{record.get('path')}, {wording.size(record.get('file_bytes'))}"),
-        ("name", str(record.get("name") or wording.NOT_AVAILABLE)),
+        (record.get("kind") or "model", wording.text(record.get("path"))),
+        ("size", wording.size(record.get("file_bytes"))),
+        ("name", wording.text(record.get("name"))),
         ("architecture", _architecture(record)),
         ("parameters", wording.parameters(record.get("parameters"))),
         ("bits per weight", f"{wording.significant(record.get('bits_per_weight'))} "
@@ -115,15 +116,14 @@ def quality_text(record: Record) -> str:
     artifact, reference = record.get("artifact") or {}, record.get("reference")
     text, protocol = record.get("text") or {}, record.get("protocol") or {}
     facts = [
-        ("artifact", f"{artifact.get('name')} ({_digest(artifact.get('digest'))})"),
-        ("reference", str(reference.get("name")) if reference else "none: perplexity only"),
+        ("artifact", f"{wording.text(artifact.get('name'))} ({_digest(artifact.get('digest'))})"),
+        ("reference", wording.text(reference.get("name")) if reference else "none: perplexity only"),
         ("text", f"{', '.join(map(str, text.get('sources') or ())) or wording.NOT_AVAILABLE}"
                  f" ({wording.count(text.get('tokens'), 'token')})"),
         ("protocol", f"{wording.count(protocol.get('scored_tokens'), 'token')} scored in "
-                     f"{wording.count(protocol.get('windows'), 'window')} of {protocol.get('context')}"),
+                     f"{wording.count(protocol.get('windows'), 'window')} of {wording.text(protocol.get('context'))}"),
     ]  # fmt: skip
     kl = record.get("kl_nats") or {}
-    level = f"{record.get('confidence', 0.95) * 100:g} % interval"
     rows = [
         ("perplexity", wording.interval(record.get("perplexity"))),
         ("  of the reference", wording.interval(record.get("reference_perplexity"))),
@@ -134,14 +134,14 @@ def quality_text(record: Record) -> str:
         ("  largest", wording.interval(kl.get("max"))),
         ("top-1 agreement", wording.interval(record.get("top1_agreement"), as_percent=True)),
     ]
-    return "\n\n".join((_facts(facts), _table(("", f"value [{level}]"), rows, left=(0, 1))))
+    return "\n\n".join((_facts(facts), _table(("", f"value [{_level(record)}]"), rows, left=(0, 1))))
 
 
 def bench_text(record: Record) -> str:
     """Speed per run with its spread and ceiling, memory, and each invalid run with the reason."""
     artifact, machine = record.get("artifact") or {}, record.get("machine") or {}
     facts = [
-        ("artifact", f"{artifact.get('name')}, {wording.size(artifact.get('file_bytes'))}, "
+        ("artifact", f"{wording.text(artifact.get('name'))}, {wording.size(artifact.get('file_bytes'))}, "
                      f"{wording.significant(artifact.get('bits_per_weight'))} bits per weight"),
         ("machine", _machine(machine)),
         ("bandwidth", f"{wording.bandwidth(record.get('memory_bandwidth_bytes_per_s'))} read, measured here"),
@@ -169,12 +169,12 @@ def doctor_text(record: Record) -> str:
         f"{wording.size(machine.get('memory_bytes'))}, {wording.size(machine.get('memory_available_bytes'))}"
     )
     facts = [
-        ("processor", str(machine.get("cpu_model") or wording.NOT_AVAILABLE)),
-        ("cores", f"{machine.get('usable_cores')} usable of {machine.get('physical_cores')} physical, "
-                  f"{machine.get('logical_cores')} logical"),
+        ("processor", wording.text(machine.get("cpu_model"))),
+        ("cores", wording.cores(machine)),
         ("instructions", " ".join(machine.get("instruction_sets") or ()) or wording.NOT_AVAILABLE),
         ("memory", f"{memory} available"),
-        ("system", f"{machine.get('os')}, {machine.get('kernel')}, Python {machine.get('python')}"),
+        ("system", ", ".join(filter(None, (machine.get("os"), machine.get("kernel"))))),
+        ("Python", wording.text(machine.get("python"))),
         ("clock", f"{wording.frequency(machine.get('frequency_hz'))}, "
                   f"governor {machine.get('governor') or wording.NOT_AVAILABLE}"),
     ]  # fmt: skip
@@ -239,7 +239,7 @@ def _quality_summary(quality: Record) -> list[tuple[str, str]]:
         return [("quality", "not measured")]
     protocol, reference = quality.get("protocol") or {}, quality.get("reference")
     measured = f"{wording.count(protocol.get('scored_tokens'), 'token')} of held-out text"
-    measured += f", against {reference.get('name')}" if reference else ", no reference"
+    measured += f", against {wording.text(reference.get('name'))}" if reference else ", no reference"
     perplexity = wording.interval(quality.get("perplexity"))
     if quality.get("reference_perplexity"):
         perplexity += f", reference {wording.interval(quality['reference_perplexity'])}"
@@ -247,10 +247,14 @@ def _quality_summary(quality: Record) -> list[tuple[str, str]]:
         perplexity += f", ratio {wording.interval(quality['perplexity_ratio'])}"
     kl = quality.get("kl_nats") or {}
     return [
-        ("measured on", f"{measured}, {quality.get('confidence', 0.95) * 100:g} % intervals"),
+        ("measured on", f"{measured}, {_level(quality)}s"),
         ("KL divergence", f"{wording.interval(kl.get('mean'))} nats" if kl else wording.NOT_AVAILABLE),
         ("perplexity", perplexity),
     ]
+
+
+def _level(quality: Record) -> str:
+    return f"{quality['confidence'] * 100:g} % interval" if quality.get("confidence") else "interval"
 
 
 def _speed_summary(bench: Record) -> list[tuple[str, str]]:
@@ -301,7 +305,7 @@ def _memory_estimate(memory: Record) -> str:
 
 def _machine(machine: Record) -> str:
     parts = [
-        str(machine.get("cpu_model") or wording.NOT_AVAILABLE),
+        wording.text(machine.get("cpu_model")),
         wording.count(machine.get("usable_cores"), "usable core"),
         wording.size(machine.get("memory_bytes")),
     ]
@@ -311,7 +315,7 @@ def _machine(machine: Record) -> str:
 
 
 def _architecture(record: Record) -> str:
-    parts = [str(record.get("architecture") or wording.NOT_AVAILABLE)]
+    parts = [wording.text(record.get("architecture"))]
     for key, name in (("layers", "layers"), ("hidden_size", "wide"), ("heads", "heads"),
                       ("kv_heads", "KV heads"), ("head_dim", "per head")):  # fmt: skip
         if record.get(key) is not None:

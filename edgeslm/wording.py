@@ -26,6 +26,11 @@ BOUNDS = {
 """The bounds of a gate, by the quantity that each one limits."""
 
 
+def text(value: object) -> str:
+    """A name, path or count as it is."""
+    return NOT_AVAILABLE if value in (None, "") else str(value)
+
+
 def significant(value: float | None, digits: int = 3) -> str:
     """1234.5 as '1,234', 366.1 as '366', 89.04 as '89.0', 0.05403 as '0.0540'."""
     if value is None:
@@ -151,6 +156,14 @@ def invalid_reasons(bench: Mapping[str, Any]) -> list[str]:
         for reason in run.get("reasons") or ()
     ]
     return list(bench.get("reasons") or by_run or ("no reason given",))
+
+
+def cores(machine: Mapping[str, Any]) -> str:
+    """'2 usable of 4 physical, 8 logical'."""
+    usable, physical, logical = (machine.get(f"{kind}_cores") for kind in ("usable", "physical", "logical"))
+    if usable is None:
+        return NOT_AVAILABLE
+    return f"{count(usable)} usable of {count(physical)} physical, {count(logical)} logical"
 
 
 def spread(run: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ def _before_and_after(entry: Entry, key: str, show: Any) -> str:
 
 
 def _machine_fact(key: str) -> Any:
-    return lambda entry: str(at(entry, "bench", "machine", key) or wording.NOT_AVAILABLE)
+    return lambda entry: wording.text(at(entry, "bench", "machine", key))
 
 
 def _settings(entry: Entry) -> str:
@@ -54,10 +54,7 @@ def _settings(entry: Entry) -> str:
 
 MACHINE_ROWS: Rows = (
     ("processor", _machine_fact("cpu_model")),
-    ("cores", lambda e: f"{at(e, 'bench', 'machine', 'usable_cores')} usable of "
-                        f"{at(e, 'bench', 'machine', 'physical_cores')} physical, "
-                        f"{at(e, 'bench', 'machine', 'logical_cores')} logical"
-                        if at(e, "bench", "machine", "usable_cores") else wording.NOT_AVAILABLE),
+    ("cores", lambda e: wording.cores(at(e, "bench", "machine") or {})),
     ("instruction sets", lambda e: " ".join(at(e, "bench", "machine", "instruction_sets") or ())),
     ("memory", lambda e: wording.size(at(e, "bench", "machine", "memory_bytes"))),
     ("memory bandwidth, measured", lambda e: wording.bandwidth(at(e, "bench", "memory_bandwidth_bytes_per_s"))),
@@ -68,7 +65,7 @@ MACHINE_ROWS: Rows = (
     ("system", lambda e: " ".join(str(at(e, "bench", "machine", key) or "") for key in ("os", "kernel")).strip()),
     ("emulated", lambda e: "yes" if at(e, "bench", "machine", "emulated") else ""),
     ("engine settings", _settings),
-    ("measured at", lambda e: str(at(e, "bench", "created_at") or wording.NOT_AVAILABLE)),
+    ("measured at", lambda e: wording.text(at(e, "bench", "created_at"))),
 )  # fmt: skip
 
 
@@ -117,15 +114,15 @@ def _stages(entry: Entry) -> str:
 
 
 def _fact(*keys: str) -> Any:
-    return lambda entry: str(at(entry, *keys) or wording.NOT_AVAILABLE)
+    return lambda entry: wording.text(at(entry, *keys))
 
 
 ORIGIN_ROWS: Rows = (
     ("source", _fact("model", "source")),
     ("source sha256", _fact("model", "source_sha256")),
     ("licence", _fact("model", "licence")),
-    ("architecture", lambda e: str(at(e, "model", "architecture") or at(e, "artifact", "architecture")
-                                   or wording.NOT_AVAILABLE)),
+    ("architecture", lambda e: wording.text(at(e, "model", "architecture") or at(e, "artifact", "architecture")
+                                  )),
     ("parameters", lambda e: wording.count(at(e, "artifact", "parameters"))),
     ("context length", lambda e: wording.count(at(e, "model", "context_length"), "token")),
     ("tokenizer", _fact("model", "tokenizer")),
