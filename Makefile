@@ -33,11 +33,11 @@ test-device: $(DEVICE_VENV)/.test
 	$(DEVICE_VENV)/bin/python -m pytest -q -m "not workstation and not slow" $(PYTEST_FLAGS)
 
 lint: $(VENV)/.test
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
 
 types: $(VENV)/.test
-	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m mypy
 
 clean:
 	rm -rf $(VENV) $(DEVICE_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@ import tomllib
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import pytest
 
@@ -123,3 +124,41 @@ def test_the_device_half_needs_no_torch() -> None:
     for extra in ("gguf", "test", "demo"):
         for line in PROJECT["optional-dependencies"][extra]:
             assert not re.match(r"torch|transformers|accelerate|peft|edgeslm\[workstation", line)
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    if which("make") is None:
+        pytest.skip("make is not installed")
+    return subprocess.run(
+        ["make", "--no-print-directory", *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+
+
+def test_make_demo_is_one_build_of_the_quickstart() -> None:
+    done = make("--dry-run", "demo")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith(
+        "edgeslm build recipes/quickstart.toml --out build/quickstart"
+    )
+    assert "-c constraints.txt" in done.stdout or (ROOT / ".venv" / ".demo").exists()
+
+
+@pytest.mark.parametrize("target", ["test", "test-slow", "test-device", "lint", "types", "clean"])
+def test_make_targets(target: str) -> None:
+    assert make("--dry-run", target).returncode == 0
+
+
+def test_make_explains_an_old_python(tmp_path: Path) -> None:
+    old = tmp_path / "python3.9"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    done = make(f"PYTHON={old}", f"{tmp_path}/env/.made")
+    assert done.returncode != 0
+    assert "needs Python 3.11 or newer" in done.stdout
+    assert not (tmp_path / "env").exists()
+
+
+def test_ci_script_is_valid_bash() -> None:
+    script = ROOT / ".ci" / "run"
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    assert script.stat().st_mode & 0o100
