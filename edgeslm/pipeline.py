@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
-from contextlib import contextmanager
 from dataclasses import asdict
-from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -32,13 +29,12 @@ from edgeslm.errors import GateError, RecipeError
 from edgeslm.gguf_file import read_gguf
 from edgeslm.progress import Progress, Quiet
 from edgeslm.recipe import CalibrateSpec, GateSpec, QuantizeSpec, Recipe
-from edgeslm.work import Work, open_work
+from edgeslm.work import Work, open_work, scratch_beside
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from edgeslm.stages.checkpoint import Checkpoint
-    from edgeslm.stages.data import Document
     from edgeslm.stages.export_gguf import Exported
 
 STAGES = ("calibrate", "quantize", "evaluate", "bench")
@@ -105,7 +101,7 @@ def quantize(
     is_file = out.suffix == ".gguf"
     if not is_file:
         check_replaceable(out)
-    with _scratch(out) as scratch:
+    with scratch_beside(out) as scratch:
         checkpoint = resolve(model, work=scratch, progress=progress)
         importance = _importance(calibration, checkpoint, scratch, progress)
         target = out if is_file else scratch / "model.gguf"
@@ -196,20 +192,21 @@ def _build(recipe: Recipe, out: Path, store: Work) -> dict[str, Any]:
 
 def _calibrate(recipe: Recipe, checkpoint: Checkpoint, store: Work) -> Path | None:
     from edgeslm.stages import calibrate
+    from edgeslm.stages.data import calibration_documents, data_digest
 
     if not recipe.data.calibration:
         return None
 
     def produce(directory: Path) -> None:
         calibrate.run(
-            checkpoint, _calibration(recipe, store.progress), recipe.calibrate, directory / "importance.gguf",
+            checkpoint, calibration_documents(recipe, store.progress), recipe.calibrate, directory / "importance.gguf",
             chat=measuring.render_messages, sources=recipe.data.calibration, progress=store.progress,
         )  # fmt: skip
 
     inputs = {
         "spec": asdict(recipe.calibrate),
         "model": checkpoint.digest,
-        "data": _data_digest(recipe, recipe.data.calibration),
+        "data": data_digest(recipe, recipe.data.calibration),
         "versions": _versions("edgeslm", "torch", "transformers", "tokenizers"),
     }
     return store.stage("calibrate", inputs, produce) / "importance.gguf"
@@ -245,6 +242,8 @@ def _quantize(recipe: Recipe, checkpoint: Checkpoint, importance: Path | None, s
 def _evaluate(
     recipe: Recipe, checkpoint: Checkpoint, exported: Exported, store: Work
 ) -> dict[str, Any] | None:
+    from edgeslm.stages.data import data_digest, heldout_documents
+
     sources = recipe.data.heldout or (recipe.data.calibration if recipe.data.heldout_every else ())
     if not sources:
         return None
@@ -255,7 +254,7 @@ def _evaluate(
         with TemporaryDirectory(prefix=".reference-", suffix=".part", dir=store.path) as scratch:
             weights = measuring.reference_weights(checkpoint, Path(scratch), store.progress)
             record = measuring.measure(
-                artifact, weights, _heldout(recipe, store.progress), context=recipe.evaluate.context,
+                artifact, weights, heldout_documents(recipe, store.progress), context=recipe.evaluate.context,
                 max_tokens=recipe.evaluate.max_tokens, threads=None, progress=store.progress, seed=recipe.seed,
             )  # fmt: skip
         record["artifact"] = {**record["artifact"], "name": recipe.name, "path": None, "digest": None}
@@ -269,7 +268,7 @@ def _evaluate(
         "name": recipe.name,
         "artifact": artifact.digest,
         "model": checkpoint.digest,
-        "data": _data_digest(recipe, sources),
+        "data": data_digest(recipe, sources),
         "versions": _versions("edgeslm", "llama_cpp_python", "numpy"),
     }
     return _load(store.stage("evaluate", inputs, produce) / "quality.json")
@@ -390,29 +389,6 @@ def _importance(
     )  # fmt: skip
 
 
-def _calibration(recipe: Recipe, progress: Progress) -> Iterable[Document]:
-    from edgeslm.stages.data import documents, split
-
-    found = documents(recipe.data.calibration, base=recipe.base, progress=progress)
-    return split(found, recipe.data.heldout_every)[0] if recipe.data.heldout_every else found
-
-
-def _heldout(recipe: Recipe, progress: Progress) -> list[Document]:
-    from edgeslm.stages.data import documents, split
-
-    data = recipe.data
-    if data.heldout_every:
-        found = documents(data.calibration, base=recipe.base, progress=progress)
-        return split(found, data.heldout_every)[1]
-    return list(documents(data.heldout, base=recipe.base, progress=progress))
-
-
-def _data_digest(recipe: Recipe, sources: Sequence[str]) -> str:
-    from edgeslm.stages.data import sources_digest
-
-    return f"{sources_digest(sources, base=recipe.base)}/{recipe.data.heldout_every}"
-
-
 def _versions(*names: str) -> dict[str, str | None]:
     versions = engine_versions()
     return {name: versions[name] for name in names}
@@ -421,21 +397,3 @@ def _versions(*names: str) -> dict[str, str | None]:
 def _load(path: Path) -> dict[str, Any]:
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return record
-
-
-@contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """A hidden directory beside `out`, on its file system; what killed processes left there is removed."""
-    import psutil
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{escape(out.name)}.*-*"):
-        process = left.name.rpartition("-")[2]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-    path = out.parent / f".{out.name}.work-{os.getpid()}"
-    path.mkdir()
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)

@@ -17,6 +17,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from glob import escape
 from typing import TYPE_CHECKING, Any
 
 from edgeslm.bundle import file_sha256
@@ -107,6 +108,24 @@ def open_work(path: Path, force: frozenset[str], progress: Progress) -> Iterator
         for left in path.glob(".*.part"):
             shutil.rmtree(left, ignore_errors=True)
         yield Work(path=path, force=force, progress=progress)
+
+
+@contextmanager
+def scratch_beside(out: Path) -> Iterator[Path]:
+    """A hidden directory beside `out`, on its file system; what killed processes left there is removed."""
+    import psutil
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{escape(out.name)}.*-*"):
+        process = left.name.rpartition("-")[2]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    path = out.parent / f".{out.name}.work-{os.getpid()}"
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_whole(directory: Path, key: str) -> bool:

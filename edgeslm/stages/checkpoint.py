@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import json
 import re
-import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +21,7 @@ from edgeslm.device import probe
 from edgeslm.errors import ModelError
 from edgeslm.gguf_file import GgufFile, read_gguf
 from edgeslm.progress import Progress, Quiet
-from edgeslm.safetensors_file import read_checkpoint, read_safetensors
+from edgeslm.safetensors_file import read_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,7 +79,7 @@ class Checkpoint:
         if self.kind == "gguf":
             return file_sha256(self.path)
         total = hashlib.sha256()
-        for path in sorted(_matching(self.path, CONTENT_FILES)):
+        for path in sorted(matching(self.path, CONTENT_FILES)):
             total.update(f"{path.name}\0{file_sha256(path)}\n".encode())
         return total.hexdigest()
 
@@ -99,7 +98,7 @@ class Checkpoint:
 
     def licence_files(self) -> list[Path]:
         """The model's own licence and notice, to be passed on with it."""
-        return sorted(_matching(self.path, ("LICENSE*", "NOTICE*"))) if self.kind == "hf" else []
+        return sorted(matching(self.path, ("LICENSE*", "NOTICE*"))) if self.kind == "hf" else []
 
     def load(self, *, memory_bytes: int | None = None) -> Any:
         """The model in torch: float32, in evaluation mode, on the CPU.
@@ -118,22 +117,28 @@ class Checkpoint:
         where = self.path if self.kind == "hf" else self.path.parent
         file = {} if self.kind == "hf" else {"gguf_file": self.path.name}
         try:
-            with _silent_transformers():
-                model = AutoModelForCausalLM.from_pretrained(
+            with silent_transformers():
+                model, info = AutoModelForCausalLM.from_pretrained(
                     where,
                     dtype=torch.float32,
                     local_files_only=True,
                     trust_remote_code=False,
                     use_safetensors=True,
+                    output_loading_info=True,
                     **file,
                 )
         except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
             raise ModelError(
-                f"{self.name}: transformers can't load it: {_first_line(error)}",
+                f"{self.name}: transformers can't load it: {first_line(error)}",
                 hint="check config.json against the weights"
                 if self.kind == "hf"
                 else "use the Hugging Face directory that the file was made of",
             ) from error
+        if missing := sorted(info["missing_keys"]):
+            raise ModelError(
+                f"{self.name}: {len(missing)} weights are missing, first {missing[0]}",
+                hint="config.json asks for more than the files hold: get the model again",
+            )
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
             model.set_attn_implementation("eager")  # the fused kernels leave the soft cap out
         return model.float().eval()
@@ -147,13 +152,13 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         try:
-            with _silent_transformers():
+            with silent_transformers():
                 return AutoTokenizer.from_pretrained(
                     self.path, local_files_only=True, trust_remote_code=False
                 )
         except Exception as error:  # tokenizers raises bare Exception
             raise ModelError(
-                f"{self.name}: no usable tokenizer: {_first_line(error)}",
+                f"{self.name}: no usable tokenizer: {first_line(error)}",
                 hint="put tokenizer.json (or tokenizer.model) and tokenizer_config.json beside config.json",
             ) from error
 
@@ -219,7 +224,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(f"{path.parent.name}: {path.name} is missing") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON: {_first_line(error)}") from error
+        raise ModelError(f"{path}: not JSON: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds {type(value).__name__}, not an object")
     return value
@@ -229,10 +234,12 @@ def _local(path: Path, source: str, work: Path | None, progress: Progress) -> Ch
     """A file or directory that exists."""
     if path.is_dir():
         if (path / "adapter_config.json").exists():
-            return _merge_adapter(path, source, work, progress)
+            from edgeslm.stages.adapter import merge_adapter
+
+            return merge_adapter(path, source, work, progress)
         if (path / "manifest.json").exists() and not (path / "config.json").exists():
             return _gguf(open_bundle(path).weights, source)
-        return _directory(path, source)
+        return model_directory(path, source)
     if path.suffix in PICKLES:
         raise ModelError(f"{path.name}: pickle weights run code when they are loaded", hint=PICKLE_HINT)
     if path.suffix == ".safetensors":
@@ -242,7 +249,8 @@ def _local(path: Path, source: str, work: Path | None, progress: Progress) -> Ch
     return _gguf(path, source)
 
 
-def _directory(path: Path, source: str) -> Checkpoint:
+def model_directory(path: Path, source: str) -> Checkpoint:
+    """The checkpoint in a directory with config.json and safetensors, both checked."""
     if not (path / "config.json").exists():
         found = sorted(file.name for file in path.glob("*.gguf"))
         raise ModelError(
@@ -267,7 +275,7 @@ def _gguf(path: Path, source: str) -> Checkpoint:
     return Checkpoint(
         path=path,
         kind="gguf",
-        name=str(file.get("general.name") or path.stem),
+        name=path.stem,
         source=source,
         warnings=(f"{path.name}: {loss}",) if loss else (),
     )
@@ -327,89 +335,25 @@ def _from_hub(source: str, work: Path | None, progress: Progress) -> Checkpoint:
         hint = "check the spelling; for a private model run: hf auth login"
         raise ModelError(f"{source}: no such directory, and the hub has no such model", hint=hint) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(f"{source}: fetching it failed: {_first_line(error)}") from error
+        raise ModelError(f"{source}: fetching it failed: {first_line(error)}") from error
     found = Path(path)
     if not any(found.glob("*.safetensors")):
         raise ModelError(f"{source}: the repository holds no safetensors weights", hint=PICKLE_HINT)
     return replace(_local(found, source, work, progress), name=repository.rpartition("/")[2])
 
 
-def _merge_adapter(path: Path, source: str, work: Path | None, progress: Progress) -> Checkpoint:
-    """The base model with the PEFT adapter's weights added, as float32 safetensors in `work`."""
-    base = _adapter_base(path, work, progress)
-    if work is None:
-        raise ModelError(f"{source}: merging an adapter needs a working directory")
-    key = hashlib.sha256(base.digest.encode())
-    for file in sorted(
-        _matching(path, ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES))
-    ):
-        key.update(f"{file.name}\0{file_sha256(file)}\n".encode())
-    out = work / f"merged-{key.hexdigest()[:16]}"
-    if not out.exists():
-        progress.note(f"merging the adapter {path.name} into {base.name}")
-        beside = out.with_name(out.name + ".part")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        _write_merged(path, base, beside)
-        beside.rename(out)
-    return replace(_directory(out, source), name=path.resolve().name, warnings=base.warnings)
-
-
-def _adapter_base(path: Path, work: Path | None, progress: Progress) -> Checkpoint:
-    """The checkpoint that the adapter's configuration names, searched beside the adapter first."""
-    name = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise ModelError(f"{path / 'adapter_config.json'}: base_model_name_or_path is missing")
-    weights = path / "adapter_model.safetensors"
-    if not weights.exists():
-        raise ModelError(
-            f"{path}: no adapter_model.safetensors",
-            hint="save the adapter again with peft's save_pretrained(DIR, safe_serialization=True)",
-        )
-    read_safetensors(weights)
-    if (path / name).resolve() == path.resolve():
-        raise ModelError(f"{path}: the adapter names itself as its base")
-    beside = path if (path / name).exists() else None
-    base = resolve(name, base=beside, work=work, progress=progress)
-    if base.kind != "hf":
-        raise ModelError(
-            f"{path}: the adapter's base {name} is a GGUF file", hint="merge it into a Hugging Face directory"
-        )
-    return base
-
-
-def _write_merged(path: Path, base: Checkpoint, out: Path) -> None:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ModelError(
-            f"{path}: merging an adapter needs peft", hint="pip install 'edgeslm[workstation]'"
-        ) from error
-    model = base.load()
-    try:
-        with _silent_transformers():
-            merged = PeftModel.from_pretrained(model, str(path), torch_device="cpu").merge_and_unload(
-                safe_merge=True
-            )
-            merged.save_pretrained(out, safe_serialization=True)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: peft can't merge it into {base.name}: {_first_line(error)}") from error
-    for directory in (base.path, path):
-        for file in _matching(directory, (*TOKENIZER_FILES, "LICENSE*", "NOTICE*")):
-            shutil.copyfile(file, out / file.name)
-
-
-def _matching(directory: Path, patterns: tuple[str, ...]) -> set[Path]:
+def matching(directory: Path, patterns: tuple[str, ...]) -> set[Path]:
+    """The files directly in `directory` whose names match one of the patterns."""
     return {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of a library's message, which may go on for pages."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager
-def _silent_transformers() -> Iterator[None]:
+def silent_transformers() -> Iterator[None]:
     """No progress bars and no advice from transformers while it loads; errors still raise."""
     from transformers.utils import logging
 

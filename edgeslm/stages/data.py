@@ -21,6 +21,8 @@ from edgeslm.stages.checkpoint import package_path
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from edgeslm.recipe import Recipe
+
     Chat = Callable[[Sequence[Mapping[str, str]]], str]
 
 JSONL = (".jsonl", ".ndjson")
@@ -104,6 +106,25 @@ def sources_digest(sources: Sequence[str], *, base: Path | None = None) -> str:
         path, name = _locate(source, base or Path())
         total.update(f"{path.suffix.lower()}\0{name}\0{file_sha256(path)}\n".encode())
     return total.hexdigest()
+
+
+def calibration_documents(recipe: Recipe, progress: Progress) -> Iterable[Document]:
+    """What a recipe calibrates on: its calibration sources without what it holds out of them."""
+    found = documents(recipe.data.calibration, base=recipe.base, progress=progress)
+    return split(found, recipe.data.heldout_every)[0] if recipe.data.heldout_every else found
+
+
+def heldout_documents(recipe: Recipe, progress: Progress) -> list[Document]:
+    """What a recipe measures quality on."""
+    data = recipe.data
+    if data.heldout_every:
+        return split(documents(data.calibration, base=recipe.base, progress=progress), data.heldout_every)[1]
+    return list(documents(data.heldout, base=recipe.base, progress=progress))
+
+
+def data_digest(recipe: Recipe, sources: Sequence[str]) -> str:
+    """What identifies the documents that a recipe takes from `sources`."""
+    return f"{sources_digest(sources, base=recipe.base)}/{recipe.data.heldout_every}"
 
 
 def _locate(source: str, base: Path) -> tuple[Path, str]:
