@@ -290,9 +290,9 @@ def _bar(run: Mapping[str, Any], colour: int, label: str) -> plots.Bar:
         run["tokens"] / seconds for seconds in run.get("samples_s") or () if seconds > 0 and run.get("tokens")
     ]
     text = wording.rate(run["tokens_per_s"])
-    if run.get("ceiling_fraction") is not None:
-        text += f", {wording.percent(run['ceiling_fraction'], 0)} of ceiling"
     valid = run.get("valid") is not False
+    if valid and run.get("ceiling_fraction") is not None:
+        text += f", {wording.percent(run['ceiling_fraction'], 0)} of ceiling"
     return plots.Bar(
         label=label, text=text if valid else f"INVALID {text}", value=run["tokens_per_s"],
         low=min(rates, default=None), high=max(rates, default=None), ceiling=run.get("ceiling_tokens_per_s"),

@@ -158,7 +158,7 @@ def check(record: Any, where: str) -> str:
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: holds {_what(record)}, not a record", hint=_HINT)
     schema = record.get("schema")
-    if schema not in SHAPES:
+    if not isinstance(schema, str) or schema not in SHAPES:
         named = f"a record of the unknown schema {schema!r}" if schema else "JSON without an edgeslm schema"
         raise DataError(f"{where}: {named}", hint=_HINT)
     _check(record, SHAPES[schema], where, "")
