@@ -5,7 +5,7 @@
 #
 # Everything runs in virtual environments below this folder, made by plain pip; nothing else is touched.
 # Another Python:           make demo PYTHON=python3.12
-# torch without CUDA:       make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# Other flags for pip:      make demo PIP_FLAGS="--find-links DIR"   (a folder with torch without CUDA, say)
 
 PYTHON ?= python3
 PIP_FLAGS ?=

@@ -10,60 +10,12 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from edgeslm.errors import ModelError
+from edgeslm.stages.splitting import CONTROL, PUTS_BOS, UNKNOWN, USER_DEFINED, splitting_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from edgeslm.gguf_file import GgufFile
-
-# Numbers of tokenizer.ggml.token_type.
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
-
-_CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
-_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
-_QWEN35 = (
-    _CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-    + _REST.replace(r"\p{L}\p{N}", r"\p{L}\p{M}\p{N}")
-)
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_SLASH_REST = _REST.replace(r"[\r\n]*|", r"[\r\n/]*|")
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-    + _SLASH_REST
-)
-_GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}" + _SLASH_REST
-)
-
-SPLITS: tuple[tuple[tuple[str, ...], bool, str], ...] = (
-    ((_GPT2,), False, "gpt-2 phi-2 olmo mpt jais trillion granite-docling roberta-bpe"),
-    ((r"\p{N}", _GPT2), False, "smollm refact starcoder command-r codeshell exaone minerva-7b mellum2"),
-    ((_LLAMA3,), True, "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 glm4"),
-    ((_LLAMA3,), False, "dbrx smaug-bpe chatglm-bpe"),
-    ((_QWEN2,), False, "qwen2 stablelm2 deepseek-r1-qwen megrez hunyuan solar-open grok-2"),
-    ((_QWEN35,), False, "qwen35"),
-    ((_TEKKEN,), True, "tekken"),
-    ((_GPT4O,), False, "gpt-4o llama4 kanana2"),
-)
-"""(expressions that split text one after the other, whether a word of the vocabulary is taken without
-merging, the names in tokenizer.ggml.pre); regex_exprs of llama-vocab.cpp."""
-PUTS_BOS = (
-    "llama-bpe",
-    "llama3",
-    "llama-v3",
-    "falcon3",
-    "falcon-h1",
-    "pixtral",
-    "midm-2.0",
-    "lfm2",
-    "tekken",
-)
-"""Where BOS comes first although tokenizer.ggml.add_bos_token is silent."""
 
 
 def build_tokenizer(file: GgufFile) -> Any:
@@ -110,18 +62,20 @@ def _byte_level(file: GgufFile, tokens: dict[str, int]) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     name = file.get("tokenizer.ggml.pre")
-    row = next(((regexes, whole) for regexes, whole, names in SPLITS if name in names.split()), None)
-    if row is None:
+    splitting = splitting_named(name)
+    if splitting is None:
         raise ModelError(f"{file.path.name}: no way to split text as {name!r} does", hint=_WAY_OUT)
     merges = []
     for merge in file.get("tokenizer.ggml.merges") or ():
         left, _, right = merge[1:].partition(" ")
         merges.append((merge[:1] + left, right))
     try:
-        raw = Tokenizer(models.BPE(vocab=tokens, merges=merges, ignore_merges=row[1]))
+        raw = Tokenizer(models.BPE(vocab=tokens, merges=merges, ignore_merges=splitting.whole_words))
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelError(f"{file.path.name}: its merges do not fit its vocabulary: {error}") from error
-    splits: list[Any] = [pre_tokenizers.Split(Regex(regex), behavior="isolated") for regex in row[0]]
+    splits: list[Any] = [
+        pre_tokenizers.Split(Regex(regex), behavior="isolated") for regex in splitting.expressions
+    ]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     raw.decoder = decoders.ByteLevel()

@@ -8,49 +8,19 @@ Reference: get_vocab_base, _create_vocab_sentencepiece and LlamaHfVocab of llama
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from edgeslm.errors import ModelError
+from edgeslm.stages.splitting import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, pre_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _ABSENT_SCORE, _ADDED_SCORE = -10000.0, -1000.0
-
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-QWEN35_SPLIT = QWEN2_SPLIT.replace(r"\p{L}+|", r"[\p{L}\p{M}]+|").replace(
-    r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]"
-)
-_CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-_CAPITAL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-_CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_WORD = r"[^\r\n\p{L}\p{N}]?"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-TEKKEN_SPLIT = rf"{_WORD}{_CASED}|{_WORD}{_CAPITAL}|\p{{N}}{_REST}"
-GPT4O_SPLIT = rf"{_WORD}{_CASED}{_CONTRACTED}|{_WORD}{_CAPITAL}{_CONTRACTED}|\p{{N}}{{1,3}}{_REST}"
-
-# How a tokenizer.json splits text, and llama.cpp's name for it, when the model ignores merges for
-# whole words and when it does not.
-SPLITTINGS: dict[tuple[str, ...], tuple[str, str]] = {
-    ("gpt2",): ("gpt-2", "gpt-2"),
-    ("digits", "gpt2"): ("smollm", "smollm"),
-    (LLAMA3_SPLIT,): ("llama-bpe", "dbrx"),
-    (QWEN2_SPLIT,): ("qwen2", "qwen2"),
-    (QWEN35_SPLIT,): ("qwen35", "qwen35"),
-    (TEKKEN_SPLIT,): ("tekken", "tekken"),
-    (GPT4O_SPLIT,): ("gpt-4o", "gpt-4o"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +161,8 @@ def _byte_level(
             token, kind = _added_token(tokenizer, added[number], settings)
         tokens.append(token)
         types.append(kind)
-    pre, known = _pre_tokenizer(tokenizer, document, config)
+    granite = config["architectures"][0].startswith("Granite")
+    pre, known = pre_tokenizer(tokenizer, document, "granite" if granite else "")
     bos = _text(settings.get("bos_token"))
     ids = tokenizer.encode("a").ids
     puts_bos = bool(ids) and bos is not None and ids[0] == tokenizer.token_to_id(bos)
@@ -263,51 +234,6 @@ def _looks_special(text: str) -> bool:
         or (text.startswith(("<|", "<｜")) and text.endswith(("|>", "｜>")))  # noqa: RUF001
         or (text.startswith("<unused") and text.endswith(">"))
     )
-
-
-def _pre_tokenizer(tokenizer: Any, document: dict[str, Any], config: Mapping[str, Any]) -> tuple[str, bool]:
-    """(llama.cpp's name for the way text is split, whether the vocabulary itself was recognized).
-
-    A published vocabulary is known by the ids it gives a probe text; any other, such as a pruned or a
-    newly trained one, by the structure of its tokenizer.json.
-    """
-    table = json.loads((files("edgeslm.stages") / "pre_tokenizers.json").read_text(encoding="utf-8"))
-    ids = tokenizer.encode(table["probe"]).ids
-    name = table["names"].get(hashlib.sha256(str(ids).encode()).hexdigest())
-    if name is not None:
-        return name, True
-    splitting = _splitting(document.get("pre_tokenizer") or {})
-    if splitting not in SPLITTINGS:
-        raise ModelError(
-            f"tokenizer.json splits text in a way that llama.cpp has no name for: {' then '.join(splitting) or 'none'}",
-            hint="convert the model with a llama.cpp that knows it, then `edgeslm quantize file.gguf`",
-        )
-    whole_words, by_merges = SPLITTINGS[splitting]
-    name = whole_words if document["model"].get("ignore_merges") else by_merges
-    if name == "smollm" and config["architectures"][0].startswith("Granite"):
-        name = "refact"
-    return name, False
-
-
-def _splitting(pre_tokenizer: dict[str, Any]) -> tuple[str, ...]:
-    """The steps of a pre-tokenizer in a canonical form: "digits", "gpt2", or a regular expression."""
-    parts = []
-    for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
-        kind = step.get("type")
-        if kind == "Digits":
-            parts.append("digits" if step.get("individual_digits") else "digit runs")
-        elif kind == "Split":
-            pattern = step.get("pattern", {})
-            plain = step.get("behavior") == "Isolated" and not step.get("invert")
-            parts.append(pattern.get("Regex", "text") if plain else f"{step.get('behavior')} {pattern}")
-        elif kind == "ByteLevel":
-            if step.get("add_prefix_space"):
-                parts.append("leading space")
-            if step.get("use_regex", True):
-                parts.append("gpt2")
-        else:
-            parts.append(str(kind))
-    return tuple(parts)
 
 
 # --- SentencePiece ---

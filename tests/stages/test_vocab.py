@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from edgeslm.errors import ModelError
-from edgeslm.stages.vocab import CONTROL, SPLITTINGS, UNUSED, USER_DEFINED, read_vocab
-from tests.models import LLAMA3_SPLIT, QWEN2_SPLIT, TOKENIZERS
+from edgeslm.stages.splitting import CONTROL, UNUSED, USER_DEFINED
+from edgeslm.stages.vocab import read_vocab
+from tests.models import TOKENIZERS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,11 +37,6 @@ def test_a_trained_tokenizer_is_known_by_its_structure(
     size = len(TOKENIZERS[style](tmp_path))
     vocab = read_vocab(tmp_path, {"architectures": [f"{family}ForCausalLM"], "vocab_size": size}, "bpe")
     assert (vocab.model, vocab.pre) == ("gpt2", pre)
-
-
-def test_the_table_holds_the_published_patterns() -> None:
-    assert SPLITTINGS[(LLAMA3_SPLIT,)] == ("llama-bpe", "dbrx")
-    assert SPLITTINGS[(QWEN2_SPLIT,)] == ("qwen2", "qwen2")
 
 
 def test_the_real_smollm2_tokenizer_is_known_by_its_vocabulary(smollm2_gguf: Path, tmp_path: Path) -> None:
