@@ -373,7 +373,8 @@ def module_names(config: Config) -> dict[str, str]:
     modules = [f"model.layers.{i}.{part}" for i in range(config["num_hidden_layers"]) for part in parts]
     mapped = tensor_names((f"{module}.weight" for module in modules), config)
     result = {name.removesuffix(".weight"): target for name, target in mapped.items()}
-    result["lm_head"] = "token_embd.weight" if config.get("tie_word_embeddings", False) else "output.weight"
+    tied = config.get("tie_word_embeddings", False) and not architecture_of(config).needs_head
+    result["lm_head"] = "token_embd.weight" if tied else "output.weight"
     return result
 
 
