@@ -100,6 +100,7 @@ class Recipe:
     task: str
     model: str
     device: str | None
+    """A profile's name, or the absolute path of one's own profile."""
     seed: int
     data: DataSpec
     calibrate: CalibrateSpec
@@ -171,12 +172,15 @@ def load_recipe(path: str | Path) -> Recipe:
         table: make(**_table_values(data.get(table, {}), table, keys, f"{where}: [{table}]"))
         for table, (make, keys) in TABLES.items()
     }
+    base = path.resolve().parent
+    if top.get("device", "").endswith(".toml"):
+        top["device"] = str(base / top["device"])
     recipe = Recipe(
         **{"device": None, "seed": 0, **top},
         **specs,
         text=text,
         sha256=hashlib.sha256(text.encode()).hexdigest(),
-        base=path.resolve().parent,
+        base=base,
     )
     _check_together(recipe, where)
     return recipe

@@ -148,6 +148,11 @@ def test_errors_name_table_key_value_and_way_out(tmp_path: Path, text: str, part
         assert part in str(caught.value)
 
 
+def test_own_device_profile_lies_beside_the_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, TOP + 'device = "boards/mine.toml"'))
+    assert recipe.device == str(tmp_path.resolve() / "boards" / "mine.toml")
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such file"):
         load_recipe(tmp_path / "missing.toml")
