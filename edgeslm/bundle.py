@@ -1,32 +1,46 @@
-"""A bundle: the directory that goes to the device, its manifest, and how it is written and checked.
-
-Writing is beside, flush, rename: whoever is killed or runs out of disk at any moment leaves the old
-bundle or the new one, and at worst a hidden directory that the next write removes.
-"""
+"""A bundle: the directory that goes to the device, its manifest, and how it is written and checked."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import stat
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeslm.errors import BundleError, EdgeslmError
+from edgeslm.atomic import (
+    assembling,
+    atomic_write,
+    flush,
+    flush_directory,
+    left_over,
+    replacing,
+    way_out,
+    write_flushed,
+)
+from edgeslm.errors import BundleError
 from edgeslm.progress import Quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from edgeslm.progress import Progress
+
+__all__ = [
+    "Bundle",
+    "add_reports",
+    "atomic_write",
+    "check_replaceable",
+    "file_sha256",
+    "open_bundle",
+    "replacing",
+    "write_bundle",
+]
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -93,7 +107,7 @@ def open_bundle(path: Path | str, *, verify: bool = False, progress: Progress | 
         faults = [fault for entry in _entries(manifest) if (fault := _size_fault(path, entry))]
     except OSError as error:
         raise BundleError(
-            f"{error.filename or path}: {error.strerror or error}", hint=_left_over(path)
+            f"{error.filename or path}: {error.strerror or error}", hint=left_over(path)
         ) from error
     if faults:
         raise _damaged(path, faults)
@@ -114,23 +128,15 @@ def write_bundle(
     is replaced; anything else there, and files that the old bundle doesn't list, raise BundleError.
     """
     out = Path(out)
-    beside = out.parent / f".{out.name}.tmp-{os.getpid()}"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _clean_up_after_killed(out)
-        check_replaceable(out)
-        try:
-            beside.mkdir()
+        with assembling(out) as beside:
+            check_replaceable(out)
             entries = [_place(beside, name, source) for name, source in sorted(files.items())]
             full = {"reports": [], **manifest, "schema_version": SCHEMA_VERSION, "files": entries}
             _check_manifest(full, out)
-            _write(beside / MANIFEST_NAME, _to_json(full))
-            _flush_directory(beside)
-            _put_in_place(beside, out)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            write_flushed(beside / MANIFEST_NAME, _to_json(full))
     except OSError as error:
-        raise BundleError(f"can't write {out}: {error.strerror or error}", hint=_way_out(error)) from error
+        raise BundleError(f"can't write {out}: {error.strerror or error}", hint=way_out(error)) from error
     return open_bundle(out)
 
 
@@ -154,7 +160,7 @@ def add_reports(bundle: Bundle, files: Mapping[str, Path | bytes | str]) -> Bund
         _write_manifest(bundle.path, {**bundle.manifest, "reports": reports})
     except OSError as error:
         raise BundleError(
-            f"can't write reports into {bundle.path}: {error.strerror or error}", hint=_way_out(error)
+            f"can't write reports into {bundle.path}: {error.strerror or error}", hint=way_out(error)
         ) from error
     return open_bundle(bundle.path)
 
@@ -168,32 +174,6 @@ def file_sha256(path: Path | str, advance: Callable[[float], None] | None = None
             if advance is not None:
                 advance(len(chunk))
     return digest.hexdigest()
-
-
-def atomic_write(path: Path | str, data: bytes | str) -> None:
-    """Write a whole file or nothing; EdgeslmError when the disk is full or the place can't be written."""
-    with replacing(path) as beside:
-        _write(beside, data)
-
-
-@contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` at the end, or vanishes on an error."""
-    path = Path(path)
-    beside = path.parent / f".{path.name}.tmp-{os.getpid()}"
-    try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield beside
-            _flush(beside)
-            beside.replace(path)
-            _flush_directory(path.parent)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        if error.filename is not None and Path(error.filename) not in (beside, path, *path.parents):
-            raise  # about another file, which the block was reading
-        raise EdgeslmError(f"can't write {path}: {error.strerror or error}", hint=_way_out(error)) from error
 
 
 def _to_json(value: Mapping[str, Any]) -> str:
@@ -319,10 +299,10 @@ def _place(beside: Path, name: str, source: Path | bytes | str) -> dict[str, Any
     target.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(source, Path):
         _link_or_copy(source.resolve(), target)
-        _flush(target)
+        flush(target)
     else:
-        _write(target, source)
-    _flush_directory(target.parent)
+        write_flushed(target, source)
+    flush_directory(target.parent)
     return _entry(beside, name)
 
 
@@ -355,90 +335,3 @@ def check_replaceable(out: Path) -> None:
             f"{out} holds {foreign[0]}, which is not part of the bundle there",
             hint="move it away, or choose another name for the bundle",
         )
-
-
-def _put_in_place(beside: Path, out: Path) -> None:
-    """Rename into place; an old bundle is swapped out in one step where the system can do that."""
-    if not out.exists():
-        beside.rename(out)
-    elif not _exchange(beside, out):
-        old = out.parent / f".{out.name}.old-{os.getpid()}"
-        out.rename(old)
-        beside.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    _flush_directory(out.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two directories atomically: renameat2 of Linux, renamex_np of macOS; False where neither works."""
-    libc = ctypes.CDLL(None)
-    here, flag = -100, 2  # AT_FDCWD; RENAME_EXCHANGE and RENAME_SWAP are both 2
-    first, second = os.fsencode(one.absolute()), os.fsencode(other.absolute())
-    if hasattr(libc, "renameat2"):
-        return bool(libc.renameat2(here, first, here, second, ctypes.c_uint(flag)) == 0)
-    if hasattr(libc, "renamex_np"):
-        return bool(libc.renamex_np(first, second, ctypes.c_uint(flag)) == 0)
-    return False
-
-
-def _clean_up_after_killed(out: Path) -> None:
-    """Remove what dead processes left beside `out`; put back a bundle that they had only moved away."""
-    for path in _left_beside(out):
-        if _is_alive(int(path.name.rpartition("-")[2])):
-            continue
-        if ".old-" in path.name and not out.exists():
-            path.rename(out)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _left_beside(out: Path) -> list[Path]:
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.(tmp|old)-\d{{1,9}}")
-    return sorted(path for path in out.parent.iterdir() if pattern.fullmatch(path.name))
-
-
-def _left_over(path: Path) -> str:
-    """The hint for a bundle that isn't there: a replacement may have been killed between its two renames."""
-    with suppress(OSError):
-        for left in _left_beside(path):
-            if ".old-" in left.name:
-                return f"an interrupted write left it at {left}: rename it back"
-    return ""
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()
-
-
-def _way_out(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space, or choose another disk"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "choose a place that you may write to"
-    return ""
-
-
-def _write(path: Path, data: bytes | str) -> None:
-    with path.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush_directory(path: Path) -> None:
-    with suppress(OSError):  # some file systems can't flush a directory
-        _flush(path)

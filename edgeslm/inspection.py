@@ -193,10 +193,8 @@ def _kinds(tensors: Iterable[Tensor]) -> list[Record]:
         groups.setdefault(re.sub(r"\.(weight|bias)$", "", kind), []).append(tensor)
     result = []
     for kind, members in groups.items():
-        parameters, nbytes = (
-            sum(tensor.parameters for tensor in members),
-            sum(tensor.nbytes for tensor in members),
-        )
+        parameters = sum(tensor.parameters for tensor in members)
+        nbytes = sum(tensor.nbytes for tensor in members)
         result.append(
             {
                 "kind": kind,

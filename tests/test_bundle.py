@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from edgeslm import atomic
 from edgeslm import bundle as module
 from edgeslm.bundle import (
     Bundle,
@@ -22,7 +23,6 @@ from edgeslm.bundle import (
     atomic_write,
     file_sha256,
     open_bundle,
-    replacing,
     write_bundle,
 )
 from edgeslm.errors import BundleError, EdgeslmError
@@ -153,10 +153,10 @@ def test_big_files_are_copied_where_links_fail(tmp_path: Path, monkeypatch: pyte
 # -------------------------------------------------------------------------------------- replacing
 
 
-@pytest.mark.parametrize("atomic", [True, False])
-def test_an_old_bundle_is_replaced(tmp_path: Path, atomic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not atomic:
-        monkeypatch.setattr(module, "_exchange", lambda *_: False)
+@pytest.mark.parametrize("swapped", [True, False])
+def test_an_old_bundle_is_replaced(tmp_path: Path, swapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not swapped:
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     make(tmp_path / "b", old="goes away")
     new = make(tmp_path / "b", LICENSE="MIT\n")
     assert contents(new.path).keys() == {"manifest.json", "model.gguf", "LICENSE", "extra/card.md"}
@@ -378,7 +378,7 @@ def test_a_report_takes_no_other_file_s_place(name: str, tmp_path: Path) -> None
 WRITER = """
 import os, signal, sys
 from pathlib import Path
-from edgeslm import bundle
+from edgeslm import atomic, bundle
 steps = {step}
 def count(frame, event, argument):
     '''Dies at the step-th call into the operating system of a write.'''
@@ -396,7 +396,7 @@ if {reports}:
     bundle.add_reports(old, {{"report.md": "# new", "report.json": "[]"}})
 else:
     if {fallback}:
-        bundle._exchange = lambda *_: False
+        atomic._exchange = lambda *_: False
     sys.setprofile(count)
     bundle.write_bundle(out, files={{"model.gguf": Path({weights!r}), "LICENSE": "new"}}, manifest={manifest!r})
 sys.setprofile(None)
@@ -460,7 +460,7 @@ def test_interrupted_by_the_keyboard_nothing_is_left(tmp_path: Path, monkeypatch
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_put_in_place", interrupt)
+    monkeypatch.setattr(atomic, "_put_in_place", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "b")
     assert names(tmp_path) == []
@@ -551,43 +551,6 @@ def test_no_permission_for_an_old_bundle(closed_directory: Path) -> None:
     with pytest.raises(BundleError, match="Permission denied"):
         make(made.path, LICENSE="new")
     assert contents(closed_directory) == before
-
-
-# --------------------------------------------------------------------------------------- single files
-
-
-def test_atomic_write(tmp_path: Path) -> None:
-    atomic_write(tmp_path / "new" / "a.json", "grün")
-    atomic_write(tmp_path / "new" / "a.json", b"two")
-    assert contents(tmp_path) == {"new/a.json": b"two"}
-    with pytest.raises(EdgeslmError, match=r"can't write .*a\.json"):
-        atomic_write(tmp_path / "new" / "a.json" / "b", "x")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(EdgeslmError, match=r"can't write .*folder: Is a directory"):
-        atomic_write(tmp_path / "folder", "x")
-    assert names(tmp_path) == ["folder", "new"]
-
-
-def test_replacing_leaves_the_old_file_on_any_error(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_text("old")
-
-    def fail(error: BaseException) -> None:
-        with replacing(path) as beside:
-            beside.write_text("half")
-            raise error
-
-    with pytest.raises(KeyboardInterrupt):
-        fail(KeyboardInterrupt())
-    with pytest.raises(FileNotFoundError):
-        fail(FileNotFoundError(2, "No such file or directory", "the source of the data"))
-    with pytest.raises(EdgeslmError, match="No space left"):
-        fail(OSError(28, "No space left on device"))
-    assert contents(tmp_path) == {"a": b"old"}
-    with replacing(path) as beside:
-        beside.write_text("new")
-        assert path.read_text() == "old"
-    assert contents(tmp_path) == {"a": b"new"}
 
 
 def test_verify_tells_its_progress(tmp_path: Path) -> None:
