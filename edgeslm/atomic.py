@@ -35,6 +35,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _clean_up_after_killed(path)
             yield beside
             flush(beside)
             beside.replace(path)
@@ -66,7 +67,7 @@ def assembling(out: Path) -> Iterator[Path]:
 
 
 def left_over(path: Path) -> str:
-    """The hint for a bundle that isn't there: a replacement may have been killed between its two renames."""
+    """The hint for a directory that is gone: whoever replaced it may have been killed between two renames."""
     with suppress(OSError):
         for left in _left_beside(path):
             if ".old-" in left.name:
@@ -99,14 +100,16 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _clean_up_after_killed(out: Path) -> None:
-    """Remove what dead processes left beside `out`; put back a bundle that they had only moved away."""
+    """Remove what dead processes left beside `out`; put back a directory that they had only moved away."""
     for path in _left_beside(out):
         if _is_alive(int(path.name.rpartition("-")[2])):
             continue
         if ".old-" in path.name and not out.exists():
             path.rename(out)
-        else:
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def _left_beside(out: Path) -> list[Path]:
@@ -125,6 +128,7 @@ def _is_alive(process: int) -> bool:
 
 
 def way_out(error: OSError) -> str:
+    """The hint for an error of the file system."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free some space, or choose another disk"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

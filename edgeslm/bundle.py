@@ -19,7 +19,6 @@ from edgeslm.atomic import (
     flush,
     flush_directory,
     left_over,
-    replacing,
     way_out,
     write_flushed,
 )
@@ -30,17 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from edgeslm.progress import Progress
-
-__all__ = [
-    "Bundle",
-    "add_reports",
-    "atomic_write",
-    "check_replaceable",
-    "file_sha256",
-    "open_bundle",
-    "replacing",
-    "write_bundle",
-]
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"

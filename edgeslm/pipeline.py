@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from edgeslm import card, measuring, wording
+from edgeslm.atomic import atomic_write
 from edgeslm.bundle import (
     Bundle,
     add_reports,
-    atomic_write,
     check_replaceable,
     file_sha256,
     open_bundle,

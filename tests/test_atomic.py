@@ -51,3 +51,11 @@ def test_replacing_leaves_the_old_file_on_any_error(tmp_path: Path) -> None:
         beside.write_text("new")
         assert path.read_text() == "old"
     assert contents(tmp_path) == {"a": b"new"}
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".a.tmp-999999999").write_text("half of it")
+    (tmp_path / ".a.tmp-1").write_text("of a living process")
+    (tmp_path / ".ab.tmp-999999999").write_text("of another file")
+    atomic_write(tmp_path / "a", "new")
+    assert sorted(contents(tmp_path)) == [".a.tmp-1", ".ab.tmp-999999999", "a"]

@@ -35,15 +35,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "device": {"errors", "schema"},
     "doctor": {"errors", "device"},
     "inspection": {"errors", "bundle", "footprint", *FILES, "stages.checkpoint"},
-    "stages": {"errors", "progress", "recipe", "device", "bundle", *FILES, "stages"},
+    "stages": {"errors", "progress", "atomic", "recipe", "device", "bundle", *FILES, "stages"},
     "runtime": {"errors", "progress", "bundle", "gguf_file", "runtime"},
-    "bench": {"errors", "progress", "wording", "device", "bundle", "gguf_file", "runtime", "bench"},
+    "bench": {"errors", "progress", "atomic", "wording", "device", "bundle", "gguf_file", "runtime", "bench"},
     "console": {"errors", "wording"},
     "card": {"wording"},
     "work": {"errors", "progress", "bundle"},
     "measuring": {"errors", "progress", "recipe", "bundle", "gguf_file", "stages", "runtime", "bench"},
     "pipeline": {
-        *LEAVES, "recipe", "device", "bundle", *FILES, "inspection", "card", "work", "measuring",
+        *LEAVES, "atomic", "recipe", "device", "bundle", *FILES, "inspection", "card", "work", "measuring",
         "stages", "runtime", "bench",
     },
     "cli": {

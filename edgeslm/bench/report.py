@@ -12,10 +12,10 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from edgeslm import wording
+from edgeslm.atomic import atomic_write
 from edgeslm.bench import findings, provenance
 from edgeslm.bench.blocks import Section, at
 from edgeslm.bench.records import SCHEMA, load_results, report_document
-from edgeslm.bundle import atomic_write
 from edgeslm.errors import DataError
 
 if TYPE_CHECKING:

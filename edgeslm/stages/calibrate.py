@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.bundle import replacing
+from edgeslm.atomic import replacing
 from edgeslm.errors import DataError, ModelError
 from edgeslm.gguf_file import read_gguf, tensor_bytes
 from edgeslm.progress import Progress, Quiet

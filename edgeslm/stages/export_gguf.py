@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.bundle import file_sha256, replacing
+from edgeslm.atomic import replacing
+from edgeslm.bundle import file_sha256
 from edgeslm.errors import EdgeslmError, ModelError
 from edgeslm.gguf_file import GGML_TYPES, GgufFile, read_gguf, row_bytes
 from edgeslm.progress import Quiet
