@@ -21,11 +21,7 @@ WIDTH = 100
 def build_text(record: Record) -> str:
     """What a build made and how good it is; the gate's verdict and the report's path come last."""
     quality, bench = record.get("quality") or {}, record.get("bench") or {}
-    stages = [
-        f"{stage['name']} {'skipped' if stage.get('skipped') else wording.duration(stage.get('seconds'))}"
-        for stage in record.get("stages") or ()
-    ]
-    facts = [("stages", ", ".join(stages))] if stages else []
+    facts = [("stages", wording.stages(record["stages"]))] if record.get("stages") else []
     facts += [
         ("bundle", f"{record['bundle']}, {wording.size(record.get('bytes'))}"),
         ("bits per weight", wording.significant(record.get("bits_per_weight"))),

@@ -122,15 +122,23 @@ def interval(estimate: Mapping[str, float | None] | None, *, as_percent: bool = 
     value, low, high = (estimate.get(key) for key in ("value", "low", "high"))
     assert value is not None
     scale, unit, decimals = (100.0, " %", 2) if as_percent else (1.0, "", _decimals(value))
-    text = f"{value * scale:,.{decimals}f}"
+    said = f"{value * scale:,.{decimals}f}"
     if low is not None and high is not None:
-        text += f" [{low * scale:,.{decimals}f}, {high * scale:,.{decimals}f}]"
-    return text + unit
+        said += f" [{low * scale:,.{decimals}f}, {high * scale:,.{decimals}f}]"
+    return said + unit
 
 
 def _decimals(value: float) -> int:
     magnitude = math.floor(math.log10(abs(value))) if value else 0
     return min(9, max(4, 2 - magnitude)) if magnitude < 1 else max(0, 4 - 1 - magnitude)
+
+
+def stages(done: Iterable[Mapping[str, Any]]) -> str:
+    """'calibrate skipped, quantize 3.40 s'."""
+    return ", ".join(
+        f"{text(stage.get('name'))} {'skipped' if stage.get('skipped') else duration(stage.get('seconds'))}"
+        for stage in done
+    )
 
 
 def headline(runs: Iterable[Mapping[str, Any]], kind: str) -> Mapping[str, Any] | None:
@@ -151,7 +159,7 @@ def invalid_reasons(bench: Mapping[str, Any]) -> list[str]:
     if bench.get("valid", True) and not spoiled:
         return []
     by_run = [
-        f"{run.get('kind')} of {conditions(run)}: {reason}"
+        f"{text(run.get('kind'))} of {conditions(run)}: {reason}"
         for run in spoiled
         for reason in run.get("reasons") or ()
     ]
@@ -174,7 +182,8 @@ def spread(run: Mapping[str, Any]) -> str:
 
 def bits(group: Mapping[str, Any]) -> str:
     """True bits per weight of {parameters, bytes}."""
-    return significant(8 * group["bytes"] / group["parameters"]) if group.get("parameters") else NOT_AVAILABLE
+    nbytes, weights = group.get("bytes"), group.get("parameters")
+    return significant(8 * nbytes / weights) if nbytes is not None and weights else NOT_AVAILABLE
 
 
 def bound_value(bound: str, value: float | None, digits: int = 3) -> str:
@@ -195,7 +204,7 @@ def gate_miss(miss: Mapping[str, Any]) -> str:
 
     miss: {bound, limit, value} with value None where it could not be measured.
     """
-    bound, limit, value = str(miss.get("bound")), miss.get("limit"), miss.get("value")
+    bound, limit, value = text(miss.get("bound")), miss.get("limit"), miss.get("value")
     quantity = BOUNDS.get(bound, bound)
     if value is None or limit is None:
         return f"{quantity} not measured: no verdict on {bound} = {bound_value(bound, limit)}"
@@ -216,7 +225,7 @@ def fallback_lines(fallbacks: Iterable[Mapping[str, Any]]) -> list[str]:
     groups = Counter(tuple(fallback.get(key) for key in keys) for fallback in fallbacks)
     lines = []
     for (wanted, got, wanted_bits, got_bits, reason), tensors in groups.most_common():
-        line = f"{count(tensors, 'tensor')}: {reason or f'{wanted} not possible'} -> {got}"
+        line = f"{count(tensors, 'tensor')}: {reason or f'{text(wanted)} not possible'} -> {text(got)}"
         if wanted_bits is not None and got_bits is not None:
             line += f", {got_bits:.2f} bits instead of {wanted_bits:.2f}"
         lines.append(line)

@@ -205,14 +205,14 @@ def size(entries: Sequence[Entry]) -> list[Block]:
     rows, colours, stacks = [], [], []
     for entry in plans:
         types = entry["quantization"]["types"]
-        total = sum(of.get("bytes") or 0 for of in types.values()) or 1
+        total = sum(at(of, "bytes") or 0 for of in types.values()) or 1
         segments = []
         for name in sorted(types, key=list(order).index):
             of = types[name]
-            share = wording.percent((of.get("bytes") or 0) / total)
+            share = wording.percent((at(of, "bytes") or 0) / total)
             rows.append((*whose(entry, entries), name, *_sums(of), share))
             colours.append(order[name])
-            segments.append((name, of.get("bytes") or 0, order[name]))
+            segments.append((name, at(of, "bytes") or 0, order[name]))
         said = (
             f"{wording.size(total)}, {wording.significant(at(entry, 'quantization', 'bits_per_weight'))} bits"
         )
@@ -235,15 +235,15 @@ def size(entries: Sequence[Entry]) -> list[Block]:
 
 
 def _kinds(kinds: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> list[Block]:
-    rows = [(str(kind.get("kind")), ", ".join(kind.get("types") or ()), *_sums(kind)) for kind in kinds]
-    stacks = [
-        plots.Stack(
-            label=str(kind.get("kind")), text=", ".join((wording.size(kind.get("bytes")), *(kind.get("types") or ()))),
-            segments=[(name, of.get("bytes") or 0, order.get(name, 5)) for name, of in kind.get("types", {}).items()],
-        )
-        for kind in kinds
-        if (kind.get("bytes") or 0) * 200 > max(other.get("bytes") or 0 for other in kinds)  # a hair is no bar
-    ]  # fmt: skip
+    largest = max(kind.get("bytes") or 0 for kind in kinds)
+    rows, stacks = [], []
+    for kind in kinds:
+        name, types = wording.text(kind.get("kind")), kind.get("types") or {}
+        rows.append((name, ", ".join(types), *_sums(kind)))
+        if (kind.get("bytes") or 0) * 200 > largest:  # a hair is no bar
+            segments = [(each, at(of, "bytes") or 0, order.get(each, 5)) for each, of in types.items()]
+            said = ", ".join((wording.size(kind.get("bytes")), *types))
+            stacks.append(plots.Stack(label=name, text=said, segments=segments))
     header = ("kind", "types", "tensors", "parameters", "size", "bits per weight")
     svg = plots.stacks("kinds", "Bytes by kind of tensor", stacks)
     return [
@@ -371,12 +371,13 @@ def _type_colours(plans: Sequence[Entry]) -> dict[str, int]:
     widths: dict[str, float] = {}
     for entry in plans:
         for name, of in entry["quantization"]["types"].items():
-            widths[name] = max(widths.get(name, 0.0), (of.get("bytes") or 0) / (of.get("parameters") or 1))
+            widths[name] = max(widths.get(name, 0.0), (at(of, "bytes") or 0) / (at(of, "parameters") or 1))
     ordered = sorted(widths, key=lambda name: (widths[name], name))
     return {name: colour(number) for number, name in enumerate(ordered)}
 
 
-def _sums(group: Mapping[str, Any]) -> tuple[str, str, str, str]:
+def _sums(group: Mapping[str, Any] | None) -> tuple[str, str, str, str]:
+    group = group or {}
     return (
         wording.count(group.get("tensors")), wording.parameters(group.get("parameters")),
         wording.size(group.get("bytes")), wording.bits(group),

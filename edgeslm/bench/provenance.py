@@ -106,13 +106,6 @@ def _calibration(entry: Entry) -> str:
     return ", ".join(parts) or wording.NOT_AVAILABLE
 
 
-def _stages(entry: Entry) -> str:
-    return ", ".join(
-        f"{stage.get('name')} {'skipped' if stage.get('skipped') else wording.duration(stage.get('seconds'))}"
-        for stage in entry.get("stages") or ()
-    )
-
-
 def _fact(*keys: str) -> Any:
     return lambda entry: wording.text(at(entry, *keys))
 
@@ -128,7 +121,7 @@ ORIGIN_ROWS: Rows = (
     ("tokenizer", _fact("model", "tokenizer")),
     ("scheme", _fact("quantization", "scheme")),
     ("calibration", _calibration),
-    ("stages", _stages),
+    ("stages", lambda e: wording.stages(e.get("stages") or ())),
     ("artifact", _fact("artifact", "path")),
     ("digest", _fact("artifact", "digest")),
     ("versions", lambda e: ", ".join(f"{name} {version}" for name, version in sorted((e.get("versions") or {}).items())

@@ -288,7 +288,7 @@ def _bundle_entry(record: Record) -> dict[str, Any]:
         "format": manifest.get("format"),
         "digest": record.get("digest"),
         "file_bytes": record.get("bytes"),
-        "weight_bytes": sum(of.get("bytes") or 0 for of in types) or None,
+        "weight_bytes": sum((of or {}).get("bytes") or 0 for of in types) or None,
         "parameters": model.get("parameters"),
         "bits_per_weight": quantization.get("bits_per_weight"),
         "architecture": model.get("architecture"),
