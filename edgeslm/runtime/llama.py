@@ -18,6 +18,7 @@ import numpy as np
 
 from edgeslm.errors import EngineError, ModelError, RecipeError
 from edgeslm.runtime.engine import MAX_THREADS, load_engine
+from edgeslm.runtime.guard import can_tokenize, check_runnable
 from edgeslm.runtime.host import memory_bytes, usable_cores
 from edgeslm.runtime.runner import KV_TYPES, ModelFacts
 
@@ -52,6 +53,7 @@ class LlamaRunner:
 
         _check_options(options)
         file = read_gguf(weights)
+        check_runnable(file)
         options = _with_defaults(options, file)
         _check_memory(file, options, memory_bytes())
         self._engine = engine = load_engine()
@@ -80,6 +82,7 @@ class LlamaRunner:
             flash_attention=_flash_in_force(engine, options),
         )
         self.facts = _facts(api, handles.model, self._vocab, file)
+        self._can_tokenize = api.llama_vocab_type(self._vocab) != 0 and can_tokenize(file)
         self._position = 0
         self._prepare_batches()
 
@@ -106,9 +109,10 @@ class LlamaRunner:
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of `text`; add_special: BOS/EOS as the model wants; parse_special: read <|...|> forms."""
         data = text.encode("utf-8", errors="replace")
-        if self._api.llama_vocab_type(self._vocab) == self._api.LLAMA_VOCAB_TYPE_NONE:
+        if not self._can_tokenize:
             raise ModelError(
-                "the model has no tokenizer", hint="convert it again together with its tokenizer"
+                "the model's tokenizer is missing or incomplete",
+                hint="convert it again together with its tokenizer",
             )
         tokens = np.empty(len(data) + 8, np.int32)
         for _ in range(2):
@@ -191,12 +195,13 @@ class LlamaRunner:
         A cache with sliding windows, or a recurrent state, can't always go back: then all are forgotten.
         """
         api = self._api
-        if keep >= self._position:
-            return
+        keep = min(keep, self._position)
+        # Removed even when nothing seems to follow: Ctrl-C may have come before a computation was counted.
         if keep > 0 and api.llama_memory_seq_rm(self._memory, 0, keep, -1):
             window = api.llama_model_n_swa(self._handles.model)
             oldest = api.llama_memory_seq_pos_min(self._memory, 0)
-            if oldest <= 0 or oldest < keep - window:
+            # The next token sees the positions above keep - window, so the cache must reach back to there.
+            if oldest <= 0 or oldest <= keep - window + 1:
                 self._position = keep
                 return
         api.llama_memory_clear(self._memory, False)
