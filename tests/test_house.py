@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {"errors", "progress", "atomic", "wording", "device", "bundle", "gguf_file", "runtime", "bench"},
     "console": {"errors", "wording"},
     "card": {"wording"},
-    "work": {"errors", "progress", "bundle"},
+    "work": {"errors", "progress", "atomic", "bundle"},
     "measuring": {"errors", "progress", "recipe", "bundle", "gguf_file", "stages", "runtime", "bench"},
     "pipeline": {
         *LEAVES, "atomic", "recipe", "device", "bundle", *FILES, "inspection", "card", "work", "measuring",
