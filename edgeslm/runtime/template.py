@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jinja2 import TemplateError
@@ -69,7 +68,7 @@ def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = partial(_strftime, now)
+    environment.globals["strftime_now"] = lambda form: now().strftime(form)
     return environment
 
 
@@ -88,10 +87,6 @@ def _tojson(
 
 def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
-
-
-def _strftime(now: Callable[[], datetime], form: str) -> str:
-    return now().strftime(form)
 
 
 class _GenerationTag(Extension):
