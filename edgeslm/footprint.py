@@ -82,7 +82,7 @@ def shape_of_gguf(file: GgufFile) -> Shape:
         value_length=number(get("attention.value_length")) or key_length,
         feed_forward=max(_largest(get("feed_forward_length")) or 0, experts) or None,
         vocab_size=len(tokens) if isinstance(tokens, list) else number(get("vocab_size")),
-        window=window,
+        window=window if pattern else None,
         windowed=_windowed(pattern if window else None, layers),
     )
 
@@ -120,11 +120,11 @@ def shape_of_config(config: Mapping[str, Any]) -> Shape:
     )
 
 
-def kv_cache_bytes(shape: Shape, context: int) -> int | None:
+def kv_cache_bytes(shape: Shape, context: int, ubatch: int = UBATCH_TOKENS) -> int | None:
     """Bytes of an f16 cache of `context` tokens; a layer with a window keeps the window and one batch."""
     if not shape.kv_heads or shape.key_length is None or shape.value_length is None:
         return None
-    cells, window_cells = _cells(shape, context)
+    cells, window_cells = _cells(shape, context, ubatch)
     total = sum(
         heads * (window_cells if windowed else cells)
         for heads, windowed in zip(shape.kv_heads, shape.windowed, strict=True)
@@ -146,7 +146,7 @@ def compute_buffer_bytes(shape: Shape, context: int, ubatch: int = UBATCH_TOKENS
     if None in sizes or not shape.kv_heads:
         return None
     queries, keys = heads * key_length, max(shape.kv_heads) * key_length
-    cells, window_cells = _cells(shape, context)
+    cells, window_cells = _cells(shape, context, ubatch)
     masks = (cells + (window_cells if any(shape.windowed) else 0)) / 2
     attention = masks + 2 * queries + max(3 * hidden, 2 * hidden + 2 * keys)
     feed_forward = masks + 3 * (shape.feed_forward or 0) + 3 * hidden
@@ -188,7 +188,7 @@ def _windowed(pattern: Sequence[Any] | int | None, layers: int | None) -> tuple[
     return tuple(layer < len(pattern) and pattern[layer] is True for layer in range(layers))
 
 
-def _cells(shape: Shape, context: int) -> tuple[int, int]:
+def _cells(shape: Shape, context: int, ubatch: int) -> tuple[int, int]:
     """Cells of a layer that sees everything and of one with a window (llama-kv-cache-iswa.cpp)."""
 
     def padded(tokens: int) -> int:
@@ -197,4 +197,4 @@ def _cells(shape: Shape, context: int) -> tuple[int, int]:
     cells = padded(context)
     if shape.window is None:
         return cells, cells
-    return cells, min(cells, padded(shape.window + min(context, UBATCH_TOKENS)))
+    return cells, min(cells, padded(shape.window + min(context, ubatch)))
