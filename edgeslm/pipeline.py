@@ -292,7 +292,7 @@ def _bench(recipe: Recipe, bundle: Bundle, store: Work) -> dict[str, Any]:
     inputs = {
         "spec": asdict(spec),
         "seed": recipe.seed,
-        "artifact": bundle.digest,
+        "artifact": file_sha256(bundle.weights),
         "machine": [machine[key] for key in ("cpu_model", "usable_cores", "memory_bytes", "kernel")],
         "versions": _versions("edgeslm", "llama_cpp_python", "numpy"),
     }

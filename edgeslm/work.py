@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from glob import escape
 from typing import TYPE_CHECKING, Any
 
+from edgeslm.atomic import assembling, flush
 from edgeslm.bundle import file_sha256
 from edgeslm.errors import EdgeslmError
 
@@ -75,21 +76,14 @@ class Work:
     def _run(
         self, name: str, key: str, inputs: Mapping[str, Any], produce: Callable[[Path], None], final: Path
     ) -> None:
-        beside = self.path / f".{name}.part"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        try:
+        with assembling(final) as beside:
             produce(beside)
             hashes = {path.name: file_sha256(path) for path in sorted(beside.iterdir())}
             record = {"stage": name, "key": key, "inputs": inputs, "files": hashes}
             text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False)
             (beside / STAGE_FILE).write_text(text + "\n", encoding="utf-8")
-            for path in (*beside.iterdir(), beside):
-                _flush(path)
-            shutil.rmtree(final, ignore_errors=True)
-            beside.rename(final)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            for path in beside.iterdir():
+                flush(path)
 
 
 @contextmanager
@@ -105,7 +99,7 @@ def open_work(path: Path, force: frozenset[str], progress: Progress) -> Iterator
             raise EdgeslmError(
                 f"another build is running in {path}", hint="wait for it, or give another --work"
             ) from None
-        for left in path.glob(".*.part"):
+        for left in (*path.glob(".*.tmp-*"), *path.glob(".*.part")):
             shutil.rmtree(left, ignore_errors=True)
         yield Work(path=path, force=force, progress=progress)
 
@@ -116,10 +110,9 @@ def scratch_beside(out: Path) -> Iterator[Path]:
     import psutil
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{escape(out.name)}.*-*"):
-        process = left.name.rpartition("-")[2]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    for left in out.parent.glob(f".{escape(out.name)}.work-*"):
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
     path = out.parent / f".{out.name}.work-{os.getpid()}"
     path.mkdir()
     try:
@@ -136,11 +129,3 @@ def _is_whole(directory: Path, key: str) -> bool:
         return record["key"] == key and all(file_sha256(directory / name) == files[name] for name in files)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
