@@ -150,6 +150,8 @@ def headline(runs: Iterable[Mapping[str, Any]], kind: str) -> Mapping[str, Any] 
 
 def conditions(run: Mapping[str, Any]) -> str:
     """'512 tokens, 2 threads'."""
+    if run.get("tokens") is None:
+        return NOT_AVAILABLE
     return f"{count(run.get('tokens'), 'token')}, {count(run.get('threads'), 'thread')}"
 
 

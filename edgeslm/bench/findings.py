@@ -1,4 +1,4 @@
-"""What the measurements say, as blocks: verdicts, summary, quality, size, speed, memory."""
+"""What the measurements say, as blocks: quality, size, speed, memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from edgeslm import wording
 from edgeslm.bench import plots
 from edgeslm.bench.blocks import (
     Block,
-    Cards,
     Figure,
     Notes,
     Table,
-    Verdict,
     at,
     bench_runs,
     colour,
@@ -20,7 +18,6 @@ from edgeslm.bench.blocks import (
     said_of,
     whose,
 )  # fmt: skip
-from edgeslm.bench.provenance import recipe_values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,97 +26,6 @@ if TYPE_CHECKING:
 
 LOGARITHMIC_FROM = 20
 """Ratio between the largest and the smallest value from which an axis is logarithmic."""
-
-
-def verdicts(entries: Sequence[Entry]) -> list[Verdict]:
-    """The gates and the invalid benchmarks of all results, what is wrong before what is right."""
-    found = []
-    for entry in entries:
-        gate, bench = entry.get("gate"), entry.get("bench") or {}
-        if gate is not None:
-            misses = gate.get("misses") or ()
-            missed = f"gate missed, {wording.count(len(misses), 'bound')}"
-            state, said = ("passed", "gate passed") if gate.get("passed") else ("missed", missed)
-            items = [*map(wording.gate_miss, misses), *_bounds(entry, misses)]
-            found.append(Verdict(state=state, title=said_of(entry, entries, said), lines=items))
-        if bench.get("valid") is False:
-            said = "benchmark INVALID, do not quote its speed"
-            reasons = wording.invalid_reasons(bench)
-            found.append(Verdict(state="invalid", title=said_of(entry, entries, said), lines=reasons))
-    return sorted(found, key=lambda verdict: ("missed", "invalid", "passed").index(verdict.state))
-
-
-def _bounds(entry: Entry, misses: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The bounds that were kept, as the recipe sets them."""
-    gate = recipe_values(entry).get("gate")
-    missed = {miss.get("bound") for miss in misses}
-    kept = [
-        f"{bound} = {wording.bound_value(bound, limit)}"
-        for bound, limit in (gate.items() if isinstance(gate, dict) else ())
-        if bound not in missed and isinstance(limit, int | float)
-    ]
-    return [f"kept: {', '.join(kept)}"] if kept else []
-
-
-def summary(entries: Sequence[Entry]) -> list[Block]:
-    if len(entries) == 1:
-        cards = _cards(entries[0])
-        return [Cards(cards=cards)] if cards else []
-    rows: Rows = (
-        (
-            "gate",
-            lambda e: {True: "passed", False: "MISSED"}.get(at(e, "gate", "passed"), wording.NOT_AVAILABLE),
-        ),
-        ("size", lambda e: wording.size(at(e, "artifact", "file_bytes"))),
-        ("bits per weight", lambda e: wording.significant(at(e, "artifact", "bits_per_weight"))),
-        ("KL divergence, nats", lambda e: wording.interval(at(e, "quality", "kl_nats", "mean"))),
-        ("perplexity", lambda e: wording.interval(at(e, "quality", "perplexity"))),
-        ("top-1 agreement", lambda e: wording.interval(at(e, "quality", "top1_agreement"), as_percent=True)),
-        ("prefill", lambda e: _quoted(e, "prefill")),
-        ("decode", lambda e: _quoted(e, "decode")),
-        ("TTFT", lambda e: wording.duration(at(wording.headline(bench_runs(e), "prefill"), "ttft_s", "p50"))),
-        ("peak RSS", lambda e: wording.size(at(e, "bench", "memory", "peak_rss_bytes"))),
-    )
-    blocks = matrix("Results side by side", rows, entries, numbers=True)
-    points = [
-        plots.Point(
-            label=entry["label"], x=entry["artifact"]["file_bytes"] / 2**20, colour=colour(number),
-            y=kl["value"], low=kl.get("low"), high=kl.get("high"),
-        )
-        for number, entry in enumerate(entries)
-        if (kl := at(entry, "quality", "kl_nats", "mean") or {}).get("value") is not None
-        and at(entry, "artifact", "file_bytes") is not None
-    ]  # fmt: skip
-    if len(points) > 1:
-        said = "Size against KL divergence"
-        svg = plots.scatter("size-kl", said, points, x_unit="MiB", y_unit="mean KL divergence, nats")
-        blocks.append(Figure(caption=f"{said}: nearer to the lower left is better", svg=svg))
-    return blocks
-
-
-def _cards(entry: Entry) -> list[tuple[str, str, str]]:
-    quality, bench = entry.get("quality") or {}, entry.get("bench") or {}
-    prefill, decode = (wording.headline(bench_runs(entry), kind) for kind in ("prefill", "decode"))
-    perplexity, around = _split(at(quality, "perplexity"), "")
-    if at(quality, "reference_perplexity", "value") is not None:
-        around += f", reference {wording.interval({'value': quality['reference_perplexity']['value']})}"
-    cards = [
-        ("size", wording.size(at(entry, "artifact", "file_bytes")),
-         f"{wording.significant(at(entry, 'artifact', 'bits_per_weight'))} bits per weight"),
-        ("KL divergence", *_split(at(quality, "kl_nats", "mean"), " nats")),
-        ("perplexity", perplexity, around),
-        ("top-1 agreement", *_split(at(quality, "top1_agreement"), "", as_percent=True)),
-        ("prefill", _quoted(entry, "prefill"), wording.conditions(prefill or {})),
-        ("decode", _quoted(entry, "decode"), wording.conditions(decode or {})),
-        ("time to first token", wording.duration(at(prefill, "ttft_s", "p50")), wording.conditions(prefill or {})),
-        ("peak RSS", wording.size(at(bench, "memory", "peak_rss_bytes")),
-         f"{wording.size(at(bench, 'memory', 'file_backed_bytes'))} of it file-backed"),
-    ]  # fmt: skip
-    return [
-        (name, value, "" if detail.startswith(wording.NOT_AVAILABLE) else detail)
-        for name, value, detail in cards
-        if value != wording.NOT_AVAILABLE
-    ]
 
 
 def quality(entries: Sequence[Entry]) -> list[Block]:
@@ -143,10 +49,6 @@ def quality(entries: Sequence[Entry]) -> list[Block]:
     percent = f"{min(level) * 100:g} % " if len(level) == 1 and None not in level else ""
     blocks += matrix(f"Quality with {percent}intervals", QUALITY_ROWS, measured, numbers=True)
     blocks += matrix("How it was measured", PROTOCOL_ROWS, measured)
-    texts = {(at(e, "quality", "text", "sha256"), at(e, "quality", "protocol", "context")) for e in measured}
-    if len(texts) > 1:
-        said = "These results were measured on different texts or windows: don't compare them."
-        blocks.append(Notes(title="Not comparable", lines=[said], bad=True))
     methods = dict.fromkeys(method for e in measured if (method := at(e, "quality", "protocol", "method")))
     if methods:
         blocks.append(Notes(title="Method", lines=list(methods)))
@@ -177,10 +79,11 @@ def _perplexities(entries: Sequence[Entry]) -> list[plots.Interval]:
     references: dict[tuple[Any, ...], plots.Interval] = {}
     artifacts = []
     for number, entry in enumerate(entries):
-        name = f"{_reference(entry)} (before)"
+        name = f"before: {_reference(entry)}"
         for row in _interval(name, at(entry, "quality", "reference_perplexity"), 5):
             references.setdefault((row.value, row.low, row.high), row)
-        artifacts += _interval(entry["label"], at(entry, "quality", "perplexity"), colour(number))
+        name = entry["label"] if len(entries) > 1 else f"after: {entry['label']}"
+        artifacts += _interval(name, at(entry, "quality", "perplexity"), colour(number))
     return [*references.values(), *artifacts]
 
 
@@ -191,9 +94,9 @@ def _divergences(entries: Sequence[Entry]) -> list[plots.Interval]:
             for number, entry in enumerate(entries)
             for row in _interval(entry["label"], at(entry, "quality", "kl_nats", "mean"), colour(number))
         ]
-    names = {"median": "median", "mean": "mean", "p99": "99th percentile", "max": "largest"}
+    names = ("median", "mean", "p99", "max")
     kl = at(entries[0], "quality", "kl_nats") or {}
-    return [row for key, name in names.items() for row in _interval(name, kl.get(key), 1)]
+    return [row for name in names for row in _interval(name, kl.get(name), 1)]
 
 
 def size(entries: Sequence[Entry]) -> list[Block]:
@@ -328,21 +231,6 @@ def memory(entries: Sequence[Entry]) -> list[Block]:
     return [Figure(caption=said, svg=svg), *matrix("Memory", rows, known, numbers=True)]
 
 
-def _split(estimate: Mapping[str, Any] | None, unit: str, *, as_percent: bool = False) -> tuple[str, str]:
-    """The value and its interval apart: ('0.0817 nats', '[0.0760, 0.0874]')."""
-    value, _, interval = wording.interval(estimate, as_percent=as_percent).partition(" [")
-    if interval:
-        return value + (" %" if as_percent else unit), f"[{interval}".removesuffix(" %")
-    return value + ("" if estimate is None else unit), ""
-
-
-def _quoted(entry: Entry, kind: str) -> str:
-    """The speed to quote first, or that it is not to be quoted."""
-    run = wording.headline(bench_runs(entry), kind)
-    text = wording.rate(at(run, "tokens_per_s"))
-    return f"INVALID {text}" if at(run, "valid") is False else text
-
-
 def _interval(label: str, estimate: Mapping[str, Any] | None, of_colour: int) -> list[plots.Interval]:
     """A row of a plot, or none for what was not measured."""
     if estimate is None or estimate.get("value") is None:
@@ -396,4 +284,4 @@ def _run_label(entry: Entry, run: Mapping[str, Any], timed: Sequence[Entry]) -> 
         *whose(entry, timed),
         *([wording.conditions(run)] if len(conditions) > 1 or len(timed) == 1 else []),
     ]
-    return ": ".join(parts)
+    return "\n".join(parts)

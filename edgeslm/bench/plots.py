@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    Rows = Sequence["Interval | Bar | Stack"]
+
 LEFT, RIGHT = 2.0, 98.0
 """Percent of the width between which values are drawn."""
 LINE_CHARACTERS = 34
@@ -27,6 +29,7 @@ class Interval:
     """One row of an interval plot; low and high None: no interval is known."""
 
     label: str
+    """May have two lines, here and in the other plots with rows."""
     text: str
     """The value as the reader should see it."""
     value: float
@@ -132,8 +135,8 @@ def intervals(
         scale = Scale(low=min(ends) - margin, high=max(ends) + margin)
         ticks = linear_ticks(scale.low, scale.high)
     marks, top = [], 0
-    for row in rows:
-        text, top = _heading(row.label, row.text, top)
+    for row, lines in zip(rows, _headings(rows), strict=True):
+        text, top = _heading(lines, top)
         marks.append(text)
         y = top + 10
         if row.low is not None and row.high is not None:
@@ -156,8 +159,8 @@ def bars(name: str, title: str, rows: Sequence[Bar], *, unit: str) -> str:
     ends = [end for row in rows for end in (row.value, row.high, row.ceiling) if end is not None]
     scale = Scale(low=0.0, high=max(ends, default=0.0) * 1.01 or 1.0, start=0.0, end=100.0)
     marks, top = [], 0
-    for row in rows:
-        text, top = _heading(row.label, row.text, top)
+    for row, lines in zip(rows, _headings(rows), strict=True):
+        text, top = _heading(lines, top)
         marks.append(text)
         if row.ceiling is not None:
             marks.append(f'<rect class="ceiling" {_box(scale, 0, row.ceiling)} y="{top + 2}" height="16"/>')
@@ -179,8 +182,8 @@ def stacks(name: str, title: str, rows: Sequence[Stack]) -> str:
     longest = max((sum(value for _, value, _ in row.segments) for row in rows), default=0.0) or 1.0
     scale = Scale(low=0.0, high=longest, start=0.0, end=100.0)
     marks, top = [], 0
-    for row in rows:
-        text, top = _heading(row.label, row.text, top)
+    for row, lines in zip(rows, _headings(rows), strict=True):
+        text, top = _heading(lines, top)
         marks.append(text)
         start = 0.0
         for segment, value, colour in row.segments:
@@ -225,12 +228,37 @@ def scatter(name: str, title: str, points: Sequence[Point], *, x_unit: str, y_un
     return _svg(name, title, f"Less is better on both axes. {said}.", height, marks)
 
 
-def _heading(label: str, text: str, top: float) -> tuple[str, int]:
-    """The label and the value above a row, on two lines where one is too short; and where the row starts."""
-    label, top = _short(label), int(top)
-    lines = 1 if len(label) + len(text) <= LINE_CHARACTERS else 2
-    place = (100, top + 15, text, "end") if lines == 1 else (0, top + 33, text)
-    return _text("label", 0, top + 15, label) + _text("value", *place), top + 4 + 18 * lines
+def _headings(rows: Rows) -> list[list[tuple[str, str]]]:
+    """For each row its (label, value) lines, as many for each: what fits beside each other does so in all.
+
+    A label of two lines becomes one where that is short enough in every row.
+    """
+    labels = [[_short(part) for part in row.label.split("\n", 1)] for row in rows]
+    if all(len(": ".join(parts)) <= LINE_CHARACTERS for parts in labels):
+        labels = [[": ".join(parts)] for parts in labels]
+    beside = all(
+        len(parts[-1]) + len(row.text) <= LINE_CHARACTERS for parts, row in zip(labels, rows, strict=True)
+    )
+    most = max(map(len, labels), default=1)
+    found = []
+    for parts, row in zip(labels, rows, strict=True):
+        lines = [(part, "") for part in [*parts, *[""] * (most - len(parts))]]
+        found.append([*lines[:-1], (lines[-1][0], row.text)] if beside else [*lines, ("", row.text)])
+    return found
+
+
+def _heading(lines: Sequence[tuple[str, str]], top: int) -> tuple[str, int]:
+    """The lines above a row, values on the right unless they have a line of their own; and where the row starts."""
+    texts = []
+    for label, value in lines:
+        top += 18
+        if label:
+            texts.append(_text("label", 0, top - 3, label))
+        if value:
+            texts.append(
+                _text("value", 100, top - 3, value, "end") if label else _text("value", 0, top - 3, value)
+            )
+    return "".join(texts), top + 4
 
 
 def _short(label: str) -> str:
@@ -273,8 +301,9 @@ def _box(scale: Scale, start: float, end: float) -> str:
     return f'x="{scale.at(start):.2f}%" width="{scale.at(end) - scale.at(start):.2f}%"'
 
 
-def _describe(what: str, rows: Sequence[Interval] | Sequence[Bar] | Sequence[Stack]) -> str:
-    return f"{what} {'; '.join(f'{row.label}: {row.text}' for row in rows)}."
+def _describe(what: str, rows: Rows) -> str:
+    said = [f"{row.label}: {row.text}".replace("\n", ", ") for row in rows]
+    return f"{what} {'; '.join(said)}."
 
 
 def _svg(name: str, title: str, description: str, height: float, parts: Sequence[str]) -> str:

@@ -18,14 +18,7 @@ if TYPE_CHECKING:
 def machine(entries: Sequence[Entry]) -> list[Block]:
     """The facts of each machine that ran a benchmark, before and after, and the engine's settings."""
     timed = [entry for entry in entries if entry.get("bench")]
-    blocks = matrix("Where it was measured", MACHINE_ROWS, timed)
-    machines = {
-        (at(e, "bench", "machine", "cpu_model"), at(e, "bench", "machine", "usable_cores")) for e in timed
-    }
-    if len(machines) > 1:
-        said = "The results come from different machines: their speeds compare machines as well as files."
-        blocks.append(Notes(title="Different machines", lines=[said], bad=True))
-    return blocks
+    return matrix("Where it was measured", MACHINE_ROWS, timed)
 
 
 def _before_and_after(entry: Entry, key: str, show: Any) -> str:

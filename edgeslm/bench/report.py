@@ -1,6 +1,6 @@
 """Results side by side as JSON, Markdown and one self-contained HTML page.
 
-A report document (records.py) becomes sections of blocks (findings.py, provenance.py), and each
+A report document (records.py) becomes sections of blocks (summary.py, findings.py, provenance.py), and each
 template renders the same blocks: what the page says, the Markdown says too, plots aside.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeslm import wording
 from edgeslm.atomic import atomic_write
-from edgeslm.bench import findings, provenance
+from edgeslm.bench import findings, provenance, summary
 from edgeslm.bench.blocks import Section, at
 from edgeslm.bench.records import SCHEMA, load_results, report_document
 from edgeslm.errors import DataError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["load_results", "render_html", "render_json", "render_markdown", "report_document", "write_report"]
 
 SECTIONS = (
-    ("summary", "Summary", findings.summary),
+    ("summary", "Summary", summary.summary),
     ("quality", "Quality before and after", findings.quality),
     ("size", "Size", findings.size),
     ("speed", "Speed", findings.speed),
@@ -96,7 +96,7 @@ def _render(template: str, document: Mapping[str, Any]) -> str:
     return environment.from_string(source).render(
         title=_title(entries),
         subtitle=_subtitle(entries),
-        verdicts=findings.verdicts(entries),
+        verdicts=summary.verdicts(entries),
         sections=[section for section in made if section.blocks],
     )
 

@@ -205,3 +205,15 @@ def test_any_numbers_make_one_well_formed_element(pairs: list[tuple[float, float
 def test_empty_rows_make_an_empty_plot() -> None:
     for svg in (plots.bars("b", "B", [], unit="x"), plots.stacks("s", "S", [])):
         assert parse(svg).tag == SVG + "svg"
+
+
+def test_labels_of_two_lines_become_one_where_every_row_has_room() -> None:
+    def labels(*names: str) -> list[str]:
+        return texts(
+            plots.bars("a", "A", [plots.Bar(label=n, text="1", value=1) for n in names], unit="x"), "label"
+        )
+
+    assert labels("q4\n128 tokens", "q8\n128 tokens") == ["q4: 128 tokens", "q8: 128 tokens"]
+    long = "smollm2-135m-instruct-iq4_nl"
+    assert labels(f"{long}\n128 tokens", "q8\n128 tokens") == [long, "128 tokens", "q8", "128 tokens"]
+    assert labels(f"{long}\n128 tokens", "q8") == [long, "128 tokens", "q8"]

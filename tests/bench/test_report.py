@@ -176,6 +176,7 @@ def test_incomparable_results_say_so() -> None:
     other["text"]["sha256"] = "00" * 32
     document = report_document([records.quality(), other])
     assert "measured on different texts" in report.render_markdown(document)
+    assert "size-kl-title" not in report.render_html(document)
     faster = records.bench("Q8_0")
     faster["machine"]["cpu_model"] = "Cortex-A76"
     document = report_document([records.bench(), faster])
