@@ -15,13 +15,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeslm import __version__
+from edgeslm.options import (
+    ARTIFACT,
+    json_option,
+    runner_options,
+    sampling_options,
+    split_numbers,
+    split_types,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from edgeslm.progress import Progress
-
-ARTIFACT = click.Path(path_type=Path)
 
 
 def main() -> None:
@@ -57,50 +63,6 @@ def cli() -> None:
     """
 
 
-def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--json, the same everywhere."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")(
-        function
-    )
-
-
-def runner_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a runner, the same for every command that loads a model."""
-    options = (
-        click.option("-c", "--context", type=click.IntRange(min=8), help="Tokens that the KV cache holds."),
-        click.option("-b", "--batch", type=click.IntRange(min=1), default=2048, show_default=True,
-                     help="Most tokens in one call of the engine."),
-        click.option("-ub", "--ubatch", type=click.IntRange(min=1), default=512, show_default=True,
-                     help="Most tokens computed at once."),
-        click.option("--kv-type", default="f16", show_default=True, help="Element type of the KV cache."),
-        click.option("-fa", "--flash-attention", type=click.Choice(["auto", "on", "off"]), default="auto",
-                     show_default=True),
-        click.option("--mmap/--no-mmap", default=True, show_default=True, help="Map the file or read it."),
-        click.option("--mlock", is_flag=True, help="Keep the weights in memory."),
-    )  # fmt: skip
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """How the next token is chosen."""
-    options = (
-        click.option("--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True,
-                     help="0 takes the likeliest token every time."),
-        click.option("--top-k", type=click.IntRange(min=0), default=40, show_default=True, help="0: no limit."),
-        click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True),
-        click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True),
-        click.option("--repeat-penalty", type=click.FloatRange(min=0.01), default=1.0, show_default=True),
-        click.option("--seed", type=int, default=0, show_default=True),
-        click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True),
-        click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times."),
-    )  # fmt: skip
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
 def progress_for(as_json: bool) -> Progress:
     from edgeslm.progress import Quiet, for_terminal
 
@@ -112,35 +74,12 @@ def emit(record: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str
     click.echo(json.dumps(record, ensure_ascii=False, allow_nan=False) if as_json else render(record))
 
 
-def _flash(value: str) -> bool | None:
-    return {"auto": None, "on": True, "off": False}[value]
-
-
-def _split_numbers(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
-    """'1,2,4' as (1, 2, 4)."""
-    try:
-        numbers = tuple(int(part) for part in value.split(",")) if value else ()
-    except ValueError:
-        numbers = (0,)
-    if any(number < 1 for number in numbers):
-        raise click.BadParameter(f"{value!r} is not a list of whole numbers from 1 up, such as 1,2,4")
-    return numbers
-
-
-def _split_types(
-    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
-) -> dict[str, str]:
-    """('attn_v=Q8_0', ...) as a mapping; the last '=' divides, since a pattern may hold one."""
-    for value in values:
-        if "=" not in value:
-            raise click.BadParameter(f"{value!r} is not REGEX=TYPE, such as 'ffn_down=Q6_K'")
-    return dict(value.rsplit("=", 1) for value in values)
-
-
 @cli.command()
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Bundle directory to create.")
-@click.option("--work", type=click.Path(path_type=Path), help="Where stages keep results.  [default: OUT.work]")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Where stages keep results.  [default: OUT.work]"
+)
 @click.option("--force", multiple=True, metavar="STAGE", help="Run STAGE again even if its result is there.")
 @json_option
 def build(recipe: Path, out: Path, work: Path | None, force: tuple[str, ...], as_json: bool) -> None:
@@ -164,17 +103,40 @@ def build(recipe: Path, out: Path, work: Path | None, force: tuple[str, ...], as
 @click.argument("model")
 @click.option("--to", "format_", type=click.Choice(["gguf"]), default="gguf", show_default=True)
 @click.option("--scheme", default="Q4_K_M", show_default=True, help="A preset or a tensor type.")
-@click.option("--out", type=click.Path(path_type=Path), required=True,
-              help="A .gguf file, or a bundle directory to create.")
-@click.option("--calibration", metavar="TEXT", help="Text, JSONL or chat JSONL to measure importance on; or an "
-              "importance matrix that llama-imatrix or edgeslm wrote.")
-@click.option("--type", "types", multiple=True, metavar="REGEX=TYPE", callback=_split_types,
-              help="Type of the tensors whose name matches; the first match counts.")
-@click.option("--keep-going", is_flag=True, help="Write what can be written when a tensor has NaN or infinity.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A .gguf file, or a bundle directory to create.",
+)
+@click.option(
+    "--calibration",
+    metavar="TEXT",
+    help="Text, JSONL or chat JSONL to measure importance on; or an "
+    "importance matrix that llama-imatrix or edgeslm wrote.",
+)
+@click.option(
+    "--type",
+    "types",
+    multiple=True,
+    metavar="REGEX=TYPE",
+    callback=split_types,
+    help="Type of the tensors whose name matches; the first match counts.",
+)
+@click.option(
+    "--keep-going", is_flag=True, help="Write what can be written when a tensor has NaN or infinity."
+)
 @json_option
 def quantize(
-    model: str, format_: str, scheme: str, out: Path, calibration: str | None, types: dict[str, str],
-    keep_going: bool, as_json: bool,
+    *,
+    model: str,
+    format_: str,
+    scheme: str,
+    out: Path,
+    calibration: str | None,
+    types: dict[str, str],
+    keep_going: bool,
+    as_json: bool,
 ) -> None:
     """Quantize MODEL in one pass, with no recipe.
 
@@ -193,11 +155,17 @@ def quantize(
     emit(result, as_json, console.quantize_text)
 
 
-@cli.command()
+@cli.command(short_help="Show contents, memory and traps of a model.")
 @click.argument("model")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-@click.option("-c", "--context", type=click.IntRange(min=1), default=2048, show_default=True,
-              help="Context in tokens to estimate memory for.")
+@click.option(
+    "-c",
+    "--context",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Context in tokens to estimate memory for.",
+)
 @click.option("--verify", is_flag=True, help="Check the hash of every file of a bundle.")
 @json_option
 def inspect(model: str, tensors: bool, context: int, verify: bool, as_json: bool) -> None:
@@ -213,19 +181,32 @@ def inspect(model: str, tensors: bool, context: int, verify: bool, as_json: bool
     emit(record, as_json, lambda value: console.inspect_text(value, tensors=tensors))
 
 
-@cli.command("eval")
+@cli.command("eval", short_help="Measure the quality of ARTIFACT through its runtime.")
 @click.argument("artifact", type=ARTIFACT)
 @click.option("--reference", metavar="MODEL", help="The model before quantization: any model source.")
 @click.option("--text", "texts", multiple=True, required=True, metavar="FILE", help="Held-out text or JSONL.")
-@click.option("-c", "--context", type=click.IntRange(min=16), default=512, show_default=True,
-              help="Tokens in a window; the second half of each is scored.")
+@click.option(
+    "-c",
+    "--context",
+    type=click.IntRange(min=16),
+    default=512,
+    show_default=True,
+    help="Tokens in a window; the second half of each is scored.",
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after about so many tokens of text.")
 @click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads of the engine.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the record to this file.")
 @json_option
 def evaluate(
-    artifact: Path, reference: str | None, texts: tuple[str, ...], context: int, max_tokens: int | None,
-    threads: int | None, out: Path | None, as_json: bool,
+    *,
+    artifact: Path,
+    reference: str | None,
+    texts: tuple[str, ...],
+    context: int,
+    max_tokens: int | None,
+    threads: int | None,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure the quality of ARTIFACT, a bundle or a .gguf file, through the runtime that ships.
 
@@ -242,20 +223,41 @@ def evaluate(
     emit(record, as_json, console.quality_text)
 
 
-@cli.command()
+@cli.command(short_help="Measure speed and memory on this machine.")
 @click.argument("artifact", type=ARTIFACT)
-@click.option("-p", "--prompt-tokens", callback=_split_numbers, default="512", show_default=True,
-              help="Prefill lengths, as a list.")
-@click.option("-n", "--decode-tokens", callback=_split_numbers, default="128", show_default=True,
-              help="Decode lengths, as a list.")
-@click.option("-t", "--threads", callback=_split_numbers, help="Thread counts, as a list.  [default: the cores]")
+@click.option(
+    "-p",
+    "--prompt-tokens",
+    callback=split_numbers,
+    default="512",
+    show_default=True,
+    help="Prefill lengths, as a list.",
+)
+@click.option(
+    "-n",
+    "--decode-tokens",
+    callback=split_numbers,
+    default="128",
+    show_default=True,
+    help="Decode lengths, as a list.",
+)
+@click.option(
+    "-t", "--threads", callback=split_numbers, help="Thread counts, as a list.  [default: the cores]"
+)
 @click.option("-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True)
 @runner_options
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the record to this file.")
 @json_option
 def bench(
-    artifact: Path, prompt_tokens: tuple[int, ...], decode_tokens: tuple[int, ...], threads: tuple[int, ...],
-    repetitions: int, out: Path | None, as_json: bool, **options: Any,
+    *,
+    artifact: Path,
+    prompt_tokens: tuple[int, ...],
+    decode_tokens: tuple[int, ...],
+    threads: tuple[int, ...],
+    repetitions: int,
+    out: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure speed and memory of ARTIFACT on this machine.
 
@@ -266,7 +268,6 @@ def bench(
     from edgeslm.bench.measure import bench_artifact
     from edgeslm.runtime.runner import RunnerOptions
 
-    options["flash_attention"] = _flash(options["flash_attention"])
     record = bench_artifact(
         artifact, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, threads=threads,
         repetitions=repetitions, options=RunnerOptions(**options), progress=progress_for(as_json),
@@ -275,7 +276,7 @@ def bench(
     emit(record, as_json, console.bench_text)
 
 
-@cli.command()
+@cli.command(short_help="Talk to ARTIFACT; a pipe is read as one message.")
 @click.argument("artifact", type=ARTIFACT)
 @click.option("--system", help="The system message.")
 @click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads of the engine.")
@@ -291,11 +292,10 @@ def chat(artifact: Path, system: str | None, as_json: bool, **options: Any) -> N
     """
     from edgeslm.runtime.chat import chat_session
 
-    options["flash_attention"] = _flash(options["flash_attention"])
     chat_session(artifact, system=system, as_json=as_json, **options)
 
 
-@cli.command()
+@cli.command(short_help="Continue a prompt, with no chat template.")
 @click.argument("artifact", type=ARTIFACT)
 @click.argument("prompt", required=False)
 @click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads of the engine.")
@@ -310,14 +310,18 @@ def generate(artifact: Path, prompt: str | None, as_json: bool, **options: Any) 
     """
     from edgeslm.runtime.chat import generate_once
 
-    options["flash_attention"] = _flash(options["flash_attention"])
     generate_once(artifact, prompt, as_json=as_json, **options)
 
 
-@cli.command()
+@cli.command(short_help="Put results side by side: JSON, Markdown, HTML.")
 @click.argument("results", type=click.Path(exists=True, path_type=Path), nargs=-1, required=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True,
-              help="Directory, or a file that ends in .html, .md or .json.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("report"),
+    show_default=True,
+    help="Directory, or a file that ends in .html, .md or .json.",
+)
 @json_option
 def report(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Put RESULTS (bundles, bench and eval records) side by side as JSON, Markdown and HTML.
@@ -331,7 +335,7 @@ def report(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
     emit(write_report(results, out), as_json, console.paths_text)
 
 
-@cli.command()
+@cli.command(short_help="Show what this machine has and what is missing.")
 @json_option
 def doctor(as_json: bool) -> None:
     """Show what this machine has and what to install for what is missing.
@@ -363,10 +367,14 @@ def init(model: str, device: str, out: Path | None, as_json: bool) -> None:
     text = recipe_template(model, device)
     if out is not None:
         write_template(text, out)
-    emit({"recipe": text, "path": str(out) if out else None}, as_json, lambda _: f"wrote {out}" if out else text)
+    emit(
+        {"recipe": text, "path": str(out) if out else None},
+        as_json,
+        lambda _: f"wrote {out}" if out else text,
+    )
 
 
-@cli.command()
+@cli.command(short_help="List the device profiles, or show one.")
 @click.argument("name", required=False)
 @json_option
 def devices(name: str | None, as_json: bool) -> None:
@@ -384,4 +392,6 @@ def devices(name: str | None, as_json: bool) -> None:
 def _save(record: Mapping[str, Any], out: Path | None) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        out.write_text(
+            json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )

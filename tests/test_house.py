@@ -46,8 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *LEAVES, "atomic", "recipe", "device", "bundle", *FILES, "inspection", "card", "work", "measuring",
         "stages", "runtime", "bench",
     },
+    "options": set(),
     "cli": {
-        *LEAVES, *FILES, "bundle", "recipe", "device", "doctor", "inspection", "pipeline", "console", "stages",
+        "options", *LEAVES, *FILES, "bundle", "recipe", "device", "doctor", "inspection", "pipeline", "console", "stages",
         "runtime", "bench",
     },
 }  # fmt: skip

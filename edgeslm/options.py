@@ -1,0 +1,82 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ARTIFACT = click.Path(path_type=Path)
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--json, the same everywhere."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")(
+        function
+    )
+
+
+def runner_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a runner, the same for every command that loads a model."""
+    options = (
+        click.option("-c", "--context", type=click.IntRange(min=8), help="Tokens that the KV cache holds."),
+        click.option("-b", "--batch", type=click.IntRange(min=1), default=2048, show_default=True,
+                     help="Most tokens in one call of the engine."),
+        click.option("-ub", "--ubatch", type=click.IntRange(min=1), default=512, show_default=True,
+                     help="Most tokens computed at once."),
+        click.option("--kv-type", default="f16", show_default=True, help="Element type of the KV cache."),
+        click.option("-fa", "--flash-attention", type=click.Choice(["auto", "on", "off"]), default="auto",
+                     callback=_flash, show_default=True),
+        click.option("--mmap/--no-mmap", default=True, show_default=True, help="Map the file or read it."),
+        click.option("--mlock", is_flag=True, help="Keep the weights in memory."),
+    )  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How the next token is chosen."""
+    options = (
+        click.option("--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True,
+                     help="0 takes the likeliest token every time."),
+        click.option("--top-k", type=click.IntRange(min=0), default=40, show_default=True, help="0: no limit."),
+        click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True),
+        click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True),
+        click.option("--repeat-penalty", type=click.FloatRange(min=0.01), default=1.0, show_default=True),
+        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True),
+        click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times."),
+    )  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _flash(_context: click.Context, _parameter: click.Parameter, value: str) -> bool | None:
+    return {"auto": None, "on": True, "off": False}[value]
+
+
+def split_numbers(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """'1,2,4' as (1, 2, 4)."""
+    try:
+        numbers = tuple(int(part) for part in value.split(",")) if value else ()
+    except ValueError:
+        numbers = (0,)
+    if any(number < 1 for number in numbers):
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers from 1 up, such as 1,2,4")
+    return numbers
+
+
+def split_types(
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    """('attn_v=Q8_0', ...) as a mapping; the last '=' divides, since a pattern may hold one."""
+    for value in values:
+        if "=" not in value:
+            raise click.BadParameter(f"{value!r} is not REGEX=TYPE, such as 'ffn_down=Q6_K'")
+    return dict(value.rsplit("=", 1) for value in values)
