@@ -21,6 +21,8 @@ LEFT, RIGHT = 2.0, 98.0
 """Percent of the width between which values are drawn."""
 LINE_CHARACTERS = 34
 """Characters of 13 px that fit beside each other on a phone, whatever its font."""
+LABEL_CHARACTERS = 38
+"""Characters of a label alone on its line; the rest of a longer one is in the plot's description."""
 COLOURS = 8
 
 
@@ -262,7 +264,7 @@ def _heading(lines: Sequence[tuple[str, str]], top: int) -> tuple[str, int]:
 
 
 def _short(label: str) -> str:
-    return label if len(label) <= LINE_CHARACTERS else label[: LINE_CHARACTERS - 3] + "..."
+    return label if len(label) <= LABEL_CHARACTERS else label[: LABEL_CHARACTERS - 3] + "..."
 
 
 def _axis(scale: Scale, ticks: Sequence[float], bottom: float) -> list[str]:
