@@ -21,6 +21,7 @@ from edgeslm.bench.records import bundle_record, load_results, report_document
 from edgeslm.bundle import open_bundle, write_bundle
 from edgeslm.errors import DataError
 from edgeslm.gguf_file import read_gguf
+from edgeslm.inspection import inspect_model
 from tests import records
 
 if TYPE_CHECKING:
@@ -368,6 +369,10 @@ def test_bundle_kinds_add_up_to_the_file(tiny_gguf: Path, tmp_path: Path) -> Non
     assert kinds["attn_q"]["tensors"] == 2
     assert kinds["ffn_up"]["parameters"] == 2 * 64 * 128
     assert kinds["token_embd"]["types"]["F32"]["bytes"] == kinds["token_embd"]["bytes"]
+    inspected = inspect_model(str(tiny_gguf), context=64, verify=False)["kinds"]
+    assert {each["kind"]: (each["tensors"], each["bytes"]) for each in inspected} == {
+        name: (kind["tensors"], kind["bytes"]) for name, kind in kinds.items()
+    }
 
 
 def test_bundle_brings_its_own_report_along(tiny_gguf: Path, tmp_path: Path) -> None:
