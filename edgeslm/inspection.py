@@ -113,13 +113,12 @@ def _inspect_directory(path: Path, name: str, context: int) -> Record:
     tied = tie if isinstance(tie, bool) else head is None
     shape = shape_of_config(config)
     tokenizer = _hf_tokenizer(path, shape)
-    model_type = config.get("model_type") or next(iter(config.get("architectures") or ()), "")
     paths = {tensor.path for tensor in tensors.values()}
     return _record(
         path=path,
         kind="hf",
         name=_printable(name),
-        architecture=_printable(model_type) or None,
+        architecture=_printable(config.get("model_type")) or None,
         file_bytes=sum(file.stat().st_size for file in paths),
         tensors=tensors.values(),
         shape=shape,
@@ -164,7 +163,8 @@ def _record(
         "tokenizer": tokenizer,
         "kinds": _kinds(tensors),
         "tensors": [
-            {"name": t.name, "shape": list(t.shape), "type": _type(t), "bytes": t.nbytes} for t in tensors
+            {"name": _printable(t.name), "shape": list(t.shape), "type": _type(t), "bytes": t.nbytes}
+            for t in tensors
         ],
         "memory": _memory(shape, context, weight_bytes),
         "traps": list(traps),
@@ -197,7 +197,7 @@ def _kinds(tensors: Iterable[Tensor]) -> list[Record]:
         nbytes = sum(tensor.nbytes for tensor in members)
         result.append(
             {
-                "kind": kind,
+                "kind": _printable(kind),
                 "tensors": len(members),
                 "types": dict(Counter(map(_type, members))),
                 "parameters": parameters,
