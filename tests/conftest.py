@@ -17,7 +17,11 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 def byte_alphabet() -> dict[int, str]:
     """GPT-2's reversible map of bytes to printable characters (Radford et al. 2019, encoder.py)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     alphabet = {byte: chr(byte) for byte in printable}
     for byte in range(256):
         alphabet.setdefault(byte, chr(256 + len(alphabet) - len(printable)))
