@@ -108,37 +108,18 @@ class Checkpoint:
         """
         self._check_memory(memory_bytes or probe()["memory_available_bytes"])
         try:
-            import torch
-            from transformers import AutoModelForCausalLM
+            import torch  # noqa: F401
+            import transformers  # noqa: F401
         except ImportError as error:
             raise ModelError(
                 f"{self.name}: loading it needs {error.name}", hint="pip install 'edgeslm[workstation]'"
             ) from error
-        where = self.path if self.kind == "hf" else self.path.parent
-        file = {} if self.kind == "hf" else {"gguf_file": self.path.name}
-        try:
-            with silent_transformers():
-                model, info = AutoModelForCausalLM.from_pretrained(
-                    where,
-                    dtype=torch.float32,
-                    local_files_only=True,
-                    trust_remote_code=False,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                    **file,
-                )
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-            raise ModelError(
-                f"{self.name}: transformers can't load it: {first_line(error)}",
-                hint="check config.json against the weights"
-                if self.kind == "hf"
-                else "use the Hugging Face directory that the file was made of",
-            ) from error
-        if missing := sorted(info["missing_keys"]):
-            raise ModelError(
-                f"{self.name}: {len(missing)} weights are missing, first {missing[0]}",
-                hint="config.json asks for more than the files hold: get the model again",
-            )
+        if self.kind == "gguf":
+            from edgeslm.stages.gguf_model import load_gguf_model
+
+            model = load_gguf_model(read_gguf(self.path))
+        else:
+            model = _load_directory(self.path, self.name)
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
             model.set_attn_implementation("eager")  # the fused kernels leave the soft cap out
         return model.float().eval()
@@ -171,6 +152,34 @@ class Checkpoint:
                 hint="quantize without calibration, which streams tensor by tensor, or give an importance "
                 "matrix made elsewhere",
             )
+
+
+def _load_directory(path: Path, name: str) -> Any:
+    """A Hugging Face directory as transformers loads it, with no weight made up."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with silent_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"{name}: transformers can't load it: {first_line(error)}",
+            hint="check config.json against the weights",
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{name}: {len(missing)} weights are missing, first {missing[0]}",
+            hint="config.json asks for more than the files hold: get the model again",
+        )
+    return model
 
 
 def resolve(
