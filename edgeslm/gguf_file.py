@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -157,8 +157,9 @@ def read_gguf(path: Path | str) -> GgufFile:
             raise ModelError(f"{path} is not a file")
         if status.st_size < 24:
             raise ModelError(f"{path} is not a GGUF file: it has only {status.st_size} bytes")
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(path, _Cursor(path, data), len(data))
+        mapped = min(status.st_size, MAX_HEADER_BYTES)
+        with path.open("rb") as file, _map(file, mapped) as data:
+            return _parse(path, _Cursor(path, data, cut=mapped < status.st_size), status.st_size)
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror or error}") from error
 
@@ -175,14 +176,22 @@ def tensor_bytes(file: GgufFile, info: TensorInfo) -> NDArray[np.uint8]:
         raise ModelError(f"{file.path}: can't map tensor {info.name}: {error}") from error
 
 
-class _Cursor:
-    """Takes one value after the other and never steps beyond the file or MAX_HEADER_BYTES."""
+def _map(file: BinaryIO, length: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ)
+    except ValueError as error:  # the file has shrunk since it was measured
+        raise ModelError(f"{file.name}: {error}") from error
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+
+class _Cursor:
+    """Takes one value after the other and never steps beyond the mapped part of the file."""
+
+    def __init__(self, path: Path, data: mmap.mmap, *, cut: bool) -> None:
         self.path = path
         self.data = data
+        self.cut = cut
         self.at = 0
-        self.end = min(len(data), MAX_HEADER_BYTES)
+        self.end = len(data)
         self.items_left = MAX_ARRAY_ITEMS
 
     def error(self, text: str, hint: str = "") -> ModelError:
@@ -191,7 +200,7 @@ class _Cursor:
     def reserve(self, nbytes: int, what: str) -> int:
         """Where the next `nbytes` begin, after checking that they are there."""
         if nbytes > self.end - self.at:
-            if self.end < len(self.data):
+            if self.cut:
                 raise self.error(f"{what} goes beyond {MAX_HEADER_BYTES} bytes of metadata")
             raise self.error(f"the file ends inside {what}", hint="it is cut off or damaged: get it again")
         start = self.at
@@ -248,7 +257,7 @@ def _parse(path: Path, cursor: _Cursor, size: int) -> GgufFile:
     for index in range(field_count):
         key = cursor.string(MAX_KEY_BYTES, f"metadata key {index}")
         if not key or key in fields:
-            raise cursor.error(f"metadata key {index} is {'a second ' + repr(key) if key else 'empty'}")
+            raise cursor.error(f"metadata key {index} is {'a second ' + repr(key[:80]) if key else 'empty'}")
         fields[key] = _read_field(cursor, key)
     _refuse_split(cursor, fields)
     alignment = _alignment(cursor, fields)
@@ -297,7 +306,7 @@ def _count(cursor: _Cursor, what: str, least_bytes: int, limit: int) -> int:
 
 
 def _read_field(cursor: _Cursor, key: str) -> Field:
-    what = f"metadata {key!r}"
+    what = f"metadata {key[:80]!r}"
     kind = _kind(cursor, what)
     if kind == "str":
         return Field(kind=kind, item_kind=None, value=cursor.string(MAX_HEADER_BYTES, what))
