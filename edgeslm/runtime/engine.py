@@ -9,8 +9,6 @@ from typing import Any
 
 from edgeslm.errors import EngineError
 
-MAX_THREADS = 512
-"""ggml's GGML_MAX_N_THREADS; it aborts the process above."""
 _WARN, _ERROR, _CONTINUED = 3, 4, 5
 """Log levels of ggml.h."""
 _WATCHED = "Flash Attention"

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.errors import EngineError, ModelError, RecipeError
-from edgeslm.runtime.engine import MAX_THREADS, load_engine
+from edgeslm.errors import EngineError, ModelError
+from edgeslm.gguf_file import GGML_TYPES, read_gguf
+from edgeslm.runtime.engine import load_engine
+from edgeslm.runtime.fit import PLAIN_KV_TYPES, check_memory, completed
 from edgeslm.runtime.guard import can_tokenize, check_runnable
-from edgeslm.runtime.host import memory_bytes, usable_cores
-from edgeslm.runtime.runner import KV_TYPES, ModelFacts
+from edgeslm.runtime.host import memory_bytes
+from edgeslm.runtime.runner import ModelFacts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,9 +34,6 @@ if TYPE_CHECKING:
     from edgeslm.runtime.engine import Engine
     from edgeslm.runtime.runner import RunnerOptions
 
-DEFAULT_CONTEXT = 4096
-"""Most tokens of context unless asked for: a KV cache that small devices can hold."""
-_PLAIN_KV_TYPES = ("f32", "f16", "bf16")
 _NULL_TOKEN = -1
 
 
@@ -49,13 +48,10 @@ class LlamaRunner:
         Raises ModelError for a damaged file, RecipeError for impossible options and EngineError
         when the model does not fit the machine or llama.cpp refuses it.
         """
-        from edgeslm.gguf_file import read_gguf
-
-        _check_options(options)
         file = read_gguf(weights)
         check_runnable(file)
-        options = _with_defaults(options, file)
-        _check_memory(file, options, memory_bytes())
+        options = completed(options, file)
+        check_memory(file, options, memory_bytes())
         self._engine = engine = load_engine()
         self._api = api = engine.api
         start = clock()
@@ -171,8 +167,8 @@ class LlamaRunner:
         """
         if not 0 <= first <= len(tokens):
             raise ValueError(f"first={first} is outside the {len(tokens)} tokens")
+        self._make_room(len(tokens), taken=0)
         self.reset()
-        self._make_room(len(tokens))
         result = np.empty((len(tokens) - first, self.facts.vocab_size), np.float32)
         for start in range(0, len(tokens), self.options.ubatch):
             chunk = tokens[start : start + self.options.ubatch]
@@ -200,8 +196,9 @@ class LlamaRunner:
         if keep > 0 and api.llama_memory_seq_rm(self._memory, 0, keep, -1):
             window = api.llama_model_n_swa(self._handles.model)
             oldest = api.llama_memory_seq_pos_min(self._memory, 0)
-            # The next token sees the positions above keep - window, so the cache must reach back to there.
-            if oldest <= 0 or oldest <= keep - window + 1:
+            # The next token sees the positions above keep - window, so the cache must reach back to there;
+            # -1: the windows' cache has nothing left.
+            if 0 <= oldest <= max(0, keep - window + 1):
                 self._position = keep
                 return
         api.llama_memory_clear(self._memory, False)
@@ -220,11 +217,12 @@ class LlamaRunner:
             raise self._refusal(code)
         self._position += len(tokens)
 
-    def _make_room(self, count: int) -> None:
+    def _make_room(self, count: int, taken: int | None = None) -> None:
         context = self.options.context or 0
-        if self._position + count > context:
+        taken = self._position if taken is None else taken
+        if taken + count > context:
             raise EngineError(
-                f"the context is full: {self._position} of {context} tokens taken, {count} more don't fit",
+                f"the context is full: {taken} of {context} tokens taken, {count} more don't fit",
                 hint="use a larger context (--context) or a shorter text",
             )
 
@@ -251,71 +249,6 @@ class _Handles:
         if self.model:
             self._engine.api.llama_model_free(self.model)
         self.context = self.pool = self.model = None
-
-
-def _check_options(options: RunnerOptions) -> None:
-    for name in ("threads", "context", "batch", "ubatch"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise RecipeError(f"{name} is {value}", hint="give a whole number from 1 up")
-    if options.threads is not None and options.threads > MAX_THREADS:
-        raise RecipeError(
-            f"threads is {options.threads}, more than ggml's {MAX_THREADS}", hint="use fewer threads"
-        )
-    if options.kv_type not in KV_TYPES:
-        raise RecipeError(f"unknown KV cache type {options.kv_type!r}", hint=f"one of {', '.join(KV_TYPES)}")
-    if options.flash_attention is False and options.kv_type not in _PLAIN_KV_TYPES:
-        raise RecipeError(
-            f"a KV cache of type {options.kv_type} needs flash attention, which is switched off",
-            hint="leave flash attention on auto, or use the KV type f16",
-        )
-
-
-def _with_defaults(options: RunnerOptions, file: GgufFile) -> RunnerOptions:
-    trained = file.get(f"{file.architecture}.context_length")
-    context = trained if isinstance(trained, int) and trained > 0 else DEFAULT_CONTEXT
-    return replace(
-        options,
-        threads=options.threads or min(usable_cores(), MAX_THREADS),
-        context=options.context or min(context, DEFAULT_CONTEXT),
-    )
-
-
-def kv_cache_bytes(file: GgufFile, context: int, kv_type: str) -> int:
-    """Bytes that a KV cache of `context` tokens takes at least: a sliding window counts for all layers."""
-    from edgeslm.gguf_file import row_bytes
-
-    def number(key: str, default: int) -> int:
-        value = file.get(f"{file.architecture}.{key}", default)
-        return value if isinstance(value, int) else default
-
-    layers, heads = number("block_count", 0), number("attention.head_count", 0)
-    kv_heads = file.get(f"{file.architecture}.attention.head_count_kv", heads)
-    total_kv_heads = sum(kv_heads) if isinstance(kv_heads, list | tuple) else layers * int(kv_heads)
-    head = number("embedding_length", 0) // heads if heads else 0
-    tokens = min(context, number("attention.sliding_window", 0) or context)
-    keys = number("attention.key_length", head)
-    values = number("attention.value_length", head)
-    # Rounded down to whole blocks: what llama.cpp refuses for its shape, it refuses itself.
-    return (
-        sum(row_bytes(kv_type.upper(), width // 32 * 32) for width in (keys, values))
-        * total_kv_heads
-        * tokens
-    )
-
-
-def _check_memory(file: GgufFile, options: RunnerOptions, total: int) -> None:
-    """Refuse what can't fit: mapped weights that exceed memory would be read from disk for every token."""
-    weights = sum(tensor.nbytes for tensor in file.tensors.values())
-    context = options.context or 0
-    cache = kv_cache_bytes(file, context, options.kv_type)
-    if weights + cache > total:
-        raise EngineError(
-            f"{file.path.name} needs {(weights + cache) / 2**20:,.0f} MiB (weights {weights / 2**20:,.0f}, "
-            f"KV cache of {context} tokens {cache / 2**20:,.0f}), this machine has {total / 2**20:,.0f} MiB",
-            hint="use a smaller quantization or a shorter --context" if weights <= total
-            else "use a smaller model or quantization",
-        )  # fmt: skip
 
 
 def _load_model(engine: Engine, weights: Path, options: RunnerOptions) -> Any:
@@ -347,7 +280,7 @@ def _new_context(engine: Engine, model: Any, options: RunnerOptions, name: str) 
     parameters.n_batch = options.batch
     parameters.n_ubatch = options.ubatch
     parameters.n_threads = parameters.n_threads_batch = options.threads
-    parameters.type_k = parameters.type_v = getattr(api, f"GGML_TYPE_{options.kv_type.upper()}")
+    parameters.type_k = parameters.type_v = GGML_TYPES[options.kv_type.upper()].id
     parameters.flash_attn_type = -1 if options.flash_attention is None else int(options.flash_attention)
     parameters.swa_full = False
     engine.forget_log()
@@ -364,7 +297,7 @@ def _flash_in_force(engine: Engine, options: RunnerOptions) -> bool:
     """Whether flash attention runs."""
     if options.flash_attention is not None:
         return options.flash_attention
-    return options.kv_type not in _PLAIN_KV_TYPES or engine.chose_flash_attention()
+    return options.kv_type not in PLAIN_KV_TYPES or engine.chose_flash_attention()
 
 
 def _facts(api: Any, model: Any, vocab: Any, file: GgufFile) -> ModelFacts:
