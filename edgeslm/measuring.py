@@ -6,8 +6,10 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from edgeslm import wording
 from edgeslm.bundle import Bundle, open_bundle
 from edgeslm.errors import DataError
+from edgeslm.footprint import compute_buffer_bytes, kv_cache_bytes, shape_of_gguf
 from edgeslm.gguf_file import read_gguf
 from edgeslm.recipe import QuantizeSpec
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from edgeslm.device import Device
     from edgeslm.progress import Progress
     from edgeslm.runtime.runner import Runner
     from edgeslm.stages.checkpoint import Checkpoint
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
 UNQUANTIZED = {"F64", "F32", "F16", "BF16"}
 TEMPLATE_DATE = datetime(2026, 1, 1, tzinfo=UTC)
 """The day that a chat template which puts in the date sees: equal inputs give equal bytes on any day."""
+DEFAULT_CONTEXT = 4096
+"""Tokens of context that a runner takes unless told otherwise, if the model has as many."""
+SHARE_FOR_A_MODEL = 0.8
+"""Of a device's memory; the system and what talks to the model need the rest."""
 
 
 def measure(
@@ -101,3 +108,20 @@ def reference_weights(checkpoint: Checkpoint, directory: Path, progress: Progres
             return checkpoint.path
     spec = QuantizeSpec(scheme="F32", keep_going=True)
     return export_gguf.run(checkpoint, spec, directory / "reference.gguf", progress=progress).path
+
+
+def memory_warnings(device: Device, weights: Path, context: int | None) -> list[str]:
+    """What to say of a file that does not fit a device's memory, by the estimate of `edgeslm inspect`.
+
+    context: tokens of the KV cache; None: what the runner takes by default.
+    """
+    shape = shape_of_gguf(read_gguf(weights))
+    tokens = context or min(shape.context_length or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    parts = weights.stat().st_size, kv_cache_bytes(shape, tokens), compute_buffer_bytes(shape, tokens)
+    needed = sum(part or 0 for part in parts)
+    if needed <= SHARE_FOR_A_MODEL * device.memory_bytes:
+        return []
+    return [
+        f"needs about {wording.size(needed)} of memory with {tokens} tokens of context; {device.name} has "
+        f"{wording.size(device.memory_bytes)}: take a smaller scheme or set [bench] context"
+    ]

@@ -34,6 +34,7 @@ from edgeslm.work import Work, open_work, scratch_beside
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from edgeslm.device import Device
     from edgeslm.stages.checkpoint import Checkpoint
     from edgeslm.stages.export_gguf import Exported
 
@@ -58,11 +59,10 @@ def build(
         if name not in STAGES:
             raise RecipeError(f"no stage is called {name!r}", hint=f"stages are {', '.join(STAGES)}")
     check_replaceable(out)
-    if recipe.device is not None:
-        load_device(recipe.device)
+    device = load_device(recipe.device) if recipe.device else None
     work_path = work or out.with_name(out.name + ".work")
     with open_work(work_path, frozenset(force), progress or Quiet()) as store:
-        return _build(recipe, out, store)
+        return _build(recipe, out, device, store)
 
 
 def raise_for_gate(result: Mapping[str, Any]) -> None:
@@ -162,13 +162,17 @@ def evaluate(
 # --- the stages of a build ---
 
 
-def _build(recipe: Recipe, out: Path, store: Work) -> dict[str, Any]:
+def _build(recipe: Recipe, out: Path, device: Device | None, store: Work) -> dict[str, Any]:
     from edgeslm.stages.checkpoint import resolve
 
     store.log("build", recipe=recipe.name, sha256=recipe.sha256, out=str(out))
     checkpoint = resolve(recipe.model, base=recipe.base, work=store.path, progress=store.progress)
     importance = _calibrate(recipe, checkpoint, store)
     exported = _quantize(recipe, checkpoint, importance, store)
+    if device is not None:
+        exported.warnings.extend(measuring.memory_warnings(device, exported.path, recipe.bench.context))
+    for warning in exported.warnings:
+        store.progress.note(f"warning: {warning}")
     quality = _evaluate(recipe, checkpoint, exported, store)
     bundle = _assemble(out, recipe.name, checkpoint, exported, recipe=recipe, quality=quality)
     if quality is not None:
@@ -233,10 +237,7 @@ def _quantize(recipe: Recipe, checkpoint: Checkpoint, importance: Path | None, s
     }
     directory = store.stage("quantize", inputs, produce)
     facts = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
-    exported = export_gguf.Exported(path=directory / "model.gguf", **facts)
-    for warning in exported.warnings:
-        store.progress.note(f"warning: {warning}")
-    return exported
+    return export_gguf.Exported(path=directory / "model.gguf", **facts)
 
 
 def _evaluate(

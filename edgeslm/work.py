@@ -56,6 +56,7 @@ class Work:
         if skipped:
             self.progress.note(f"{name}: skipped, its result is there")
         else:
+            self.progress.note(f"{name} ...")
             self.log("started", stage=name, key=key)
             try:
                 self._run(name, key, inputs, produce, final)

@@ -41,7 +41,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "console": {"errors", "wording"},
     "card": {"wording"},
     "work": {"errors", "progress", "atomic", "bundle"},
-    "measuring": {"errors", "progress", "recipe", "bundle", "gguf_file", "stages", "runtime", "bench"},
+    "measuring": {
+        *LEAVES, "recipe", "device", "bundle", "footprint", "gguf_file", "stages", "runtime", "bench",
+    },
     "pipeline": {
         *LEAVES, "atomic", "recipe", "device", "bundle", *FILES, "inspection", "card", "work", "measuring",
         "stages", "runtime", "bench",

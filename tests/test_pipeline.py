@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -296,6 +297,19 @@ def test_a_damaged_result_is_made_again(folder: Path, fakes: Fakes) -> None:
     next((folder / "out.work").glob("bench-*/stage.json")).write_text("{")
     build(folder)
     assert fakes.again() == ["bench"]
+
+
+def test_a_model_too_large_for_the_device_is_said(folder: Path, fakes: Fakes) -> None:
+    profile = (Path(__file__).resolve().parents[1] / "devices" / "rpi-zero2w.toml").read_text()
+    start = profile.index("[memory]")
+    before, after = profile[:start], profile[start:]
+    after = re.sub(r"(?m)^bytes = .*$", "bytes = 1_048_576", after, count=1)
+    (folder / "r" / "small.toml").write_text(before + after)
+    assert build(folder)["warnings"] == ["beware"]
+    change(folder, "seed = 3", 'seed = 3\ndevice = "small.toml"')
+    warnings = build(folder)["warnings"]
+    assert len(warnings) == 2
+    assert "with 256 tokens of context; rpi-zero2w has 1.00 MiB" in warnings[1]
 
 
 def test_one_build_at_a_time(folder: Path, fakes: Fakes) -> None:
