@@ -116,6 +116,8 @@ def write_bundle(
     is replaced; anything else there, and files that the old bundle doesn't list, raise BundleError.
     """
     out = Path(out)
+    if out.name in ("", ".."):
+        raise BundleError(f"{out} is no name for a new directory", hint="name the directory to create")
     try:
         with assembling(out) as beside:
             check_replaceable(out)

@@ -203,6 +203,15 @@ def test_names_that_lead_out_are_refused(name: str, tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_a_bundle_needs_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    for name in (".", "..", "a/..", ""):
+        with pytest.raises(BundleError, match="is no name for a new directory"):
+            make(Path(name))
+    assert names(tmp_path) == ["inside"]
+
+
 def test_a_manifest_without_its_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"the weights 'model\.gguf' are not among the files"):
         write_bundle(tmp_path / "b", files={"LICENSE": "x"}, manifest=MANIFEST)
