@@ -184,7 +184,7 @@ def measure(
         if not bool(torch.isfinite(total).all()):
             raise ModelError(
                 f"the inputs of {name} are not finite",
-                hint="the weights hold NaN or overflow: check the model",
+                hint="the weights hold NaN or overflow: check the model, or quantize without calibration text",
             )
     return {name: (sums[name].numpy(), windows.size) for name in sorted(sums)}
 

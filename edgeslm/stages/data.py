@@ -135,7 +135,10 @@ def _locate(source: str, base: Path) -> tuple[Path, str]:
     else:
         path, name = base / Path(source).expanduser(), ""
     if not path.exists():
-        raise DataError(f"no text at {path}", hint="a relative path starts from the recipe's folder")
+        raise DataError(
+            f"no text at {path}",
+            hint="a relative path starts from the recipe's folder, or from here without a recipe",
+        )
     if not path.is_file():
         raise DataError(f"{path}: not a file", hint="name the files in it")
     if path.suffix.lower() in NOT_TEXT:
