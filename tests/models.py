@@ -325,7 +325,9 @@ def _phi3(path: Path) -> Any:
     from tokenizers import AddedToken
 
     _sentencepiece(path, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
-    fast = _convert(path, "LlamaTokenizerFast", PHI3_CHAT, legacy=True, add_bos_token=False, add_prefix_space=True)
+    fast = _convert(
+        path, "LlamaTokenizerFast", PHI3_CHAT, legacy=True, add_bos_token=False, add_prefix_space=True
+    )
     names = ("<|endoftext|>", "<|assistant|>", "<|user|>", "<|system|>", "<|end|>")
     fast.add_tokens(
         [AddedToken(name, special=True, normalized=False, rstrip=name != "<|endoftext|>") for name in names],
