@@ -142,10 +142,8 @@ def evaluate(
     progress = progress or Quiet()
     bundle = open_bundle(artifact)
     found = list(documents(texts, progress=progress))
-    beside = bundle.path.absolute().parent
-    with TemporaryDirectory(
-        prefix=".reference-", dir=beside if os.access(beside, os.W_OK) else None
-    ) as scratch:
+    writable = os.access(bundle.path.absolute().parent, os.W_OK)
+    with scratch_beside(bundle.path) if writable else TemporaryDirectory() as scratch:
         weights = None
         if reference is not None:
             checkpoint = resolve(reference, work=Path(scratch), progress=progress)
