@@ -1,0 +1,120 @@
+"""Prefill and decode speed: `edgeslm bench` against llama-bench on the same file, threads and sizes, one run.
+
+    python benchmarks/speed_vs_llama_bench.py FILE.gguf -p 128,512 -n 32,128 -t 2
+
+Both run whole, in turn, `--pairs` times, the order swapped each time, so that a slower minute of the
+machine hits both.  The ratio is of the medians over all repetitions.  Exits with 1 if one is outside
+0.97 to 1.03.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import peer
+
+from edgeslm.runtime.engine import load_engine
+from edgeslm.runtime.host import usable_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Speeds = dict[tuple[str, int], list[float]]
+    """Tokens per second of every repetition, by kind (prefill, decode) and number of tokens."""
+
+LOW, HIGH = 0.97, 1.03
+
+
+def main() -> int:
+    arguments = parse(sys.argv[1:])
+    tools = arguments.tools or peer.build_tools(["llama-bench"], cache=arguments.cache)
+    commands = {
+        "edgeslm": lambda: edgeslm_speeds(arguments),
+        "llama-bench": lambda: llama_bench_speeds(arguments, tools),
+    }
+    speeds: dict[str, Speeds] = {name: {} for name in commands}
+    for pair in range(arguments.pairs):
+        for name in list(commands) if pair % 2 == 0 else reversed(commands):
+            for key, samples in commands[name]().items():
+                speeds[name].setdefault(key, []).extend(samples)
+    rows = [
+        {
+            "kind": kind,
+            "tokens": tokens,
+            **{
+                f"{name}_tokens_per_s": statistics.median(found[kind, tokens])
+                for name, found in speeds.items()
+            },
+            "ratio": statistics.median(speeds["edgeslm"][kind, tokens])
+            / statistics.median(speeds["llama-bench"][kind, tokens]),
+        }
+        for kind, tokens in speeds["edgeslm"]
+    ]
+    if not arguments.as_json:
+        print(f"{'tokens/s':>18}{'edgeslm':>12}{'llama-bench':>13}{'ratio':>9}")
+        for row in rows:
+            print(
+                f"{row['kind']:>9} {row['tokens']:8}{row['edgeslm_tokens_per_s']:12.1f}"
+                f"{row['llama-bench_tokens_per_s']:13.1f}{row['ratio']:9.3f}"
+            )
+    print(json.dumps({"model": str(arguments.model), "threads": arguments.threads, "rows": rows}))
+    return int(any(not LOW <= row["ratio"] <= HIGH for row in rows))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="a .gguf file")
+    parser.add_argument("-p", "--prompt-tokens", default="128", help="prefill lengths, as a list")
+    parser.add_argument("-n", "--decode-tokens", default="32", help="decode lengths, as a list")
+    parser.add_argument("-t", "--threads", type=int, default=usable_cores(), help="default: the usable cores")
+    parser.add_argument("-r", "--repetitions", type=int, default=5, help="of each size in each run")
+    parser.add_argument("--pairs", type=int, default=4, help="how often both run")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print the JSON document only")
+    peer.add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def edgeslm_speeds(arguments: argparse.Namespace) -> Speeds:
+    command = [
+        sys.executable, "-m", "edgeslm", "bench", str(arguments.model), "-p", arguments.prompt_tokens,
+        "-n", arguments.decode_tokens, "-t", str(arguments.threads), "-r", str(arguments.repetitions), "--json",
+    ]  # fmt: skip
+    record = json.loads(output_of(command).splitlines()[-1])
+    return {
+        (run["kind"], run["tokens"]): [run["tokens"] / sample for sample in run["samples_s"]]
+        for run in record["runs"]
+    }
+
+
+def llama_bench_speeds(arguments: argparse.Namespace, tools: Path) -> Speeds:
+    command = [
+        str(tools / "llama-bench"), "-m", str(arguments.model), "-p", arguments.prompt_tokens,
+        "-n", arguments.decode_tokens, "-t", str(arguments.threads), "-r", str(arguments.repetitions), "-o", "json",
+    ]  # fmt: skip
+    if load_engine().has_amx:  # then the runner has the weights as they are, see runtime/llama.py
+        command += ["--repack", "0"]
+    speeds: Speeds = {}
+    for test in json.loads(output_of(command)):
+        kind, tokens = ("prefill", test["n_prompt"]) if test["n_prompt"] else ("decode", test["n_gen"])
+        speeds[kind, tokens] = [tokens / (sample / 1e9) for sample in test["samples_ns"]]
+    return speeds
+
+
+def output_of(command: Sequence[str]) -> str:
+    """Standard output of a command.  Raises SystemExit with its errors when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())
