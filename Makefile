@@ -15,7 +15,10 @@ VENV := .venv
 DEVICE_VENV := .venv-device
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # llama-cpp-python compiles here: without llama.cpp's examples and its vision library, in two thirds of the time
-COMPILE := CMAKE_ARGS="-DLLAMA_BUILD_COMMON=OFF -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$(CORES)
+# and without AMX, whose kernels GCC miscompiles (ggml-org/llama.cpp#26954): with it, no weights can be repacked
+NO_AMX := $(shell grep -qw amx_tile /proc/cpuinfo 2>/dev/null && echo -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
+COMPILE := CMAKE_ARGS="-DLLAMA_BUILD_COMMON=OFF -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$(CORES) \
+  CFLAGS="$(NO_AMX) $(CFLAGS)" CXXFLAGS="$(NO_AMX) $(CXXFLAGS)"
 PIP_INSTALL := -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 .PHONY: demo test test-slow test-device lint types clean

@@ -9,7 +9,9 @@ Reference: get_vocab_base, _create_vocab_sentencepiece and LlamaHfVocab of llama
 from __future__ import annotations
 
 import json
+import logging
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from edgeslm.errors import ModelError
 from edgeslm.stages.splitting import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, pre_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 _ABSENT_SCORE, _ADDED_SCORE = -10000.0, -1000.0
@@ -93,7 +95,8 @@ def add_vocab(writer: Any, directory: Path, config: Mapping[str, Any], style: st
     if vocab.scores is not None:
         writer.add_token_scores(vocab.scores)
     writer.add_token_types(vocab.types)
-    special = gguf.SpecialVocab(directory, load_merges=vocab.scores is None, n_vocab=len(vocab.tokens))
+    with _quiet("gguf.vocab"):
+        special = gguf.SpecialVocab(directory, load_merges=vocab.scores is None, n_vocab=len(vocab.tokens))
     if style == "llama" and config["vocab_size"] == 49152:
         # StarCoder's vocabulary (SmolLM, Granite): its tokenizers never put BOS in front.
         special.add_special_token["bos"] = False
@@ -101,6 +104,18 @@ def add_vocab(writer: Any, directory: Path, config: Mapping[str, Any], style: st
         special.add_special_token.setdefault("bos", vocab.add_bos)
     special.add_to_gguf(writer, quiet=True)
     return vocab
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep a library's remarks on templates for pairs of texts, which a decoder never sees, from the user."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -112,11 +112,9 @@ class _Quantizer:
     """llama_model_quantize of the same libllama, in this process."""
 
     def __init__(self) -> None:
-        import llama_cpp
+        from edgeslm.runtime.engine import load_engine
 
-        self.api = llama_cpp
-        self.log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
-        llama_cpp.llama_log_set(self.log, None)
+        self.api = load_engine().api
 
     def __call__(self, source: Path, out: Path, file_type: int, importance: dict[str, Any]) -> Path:
         class Entry(ctypes.Structure):
