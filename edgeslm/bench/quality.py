@@ -6,12 +6,13 @@ second half of each window is scored.  Two things differ.  Both models run in lo
 stored (llama-perplexity writes the reference's log-probabilities to disk, in 16 bits), and the intervals
 treat windows as the clusters that they are (llama-perplexity counts every token as independent).
 
-C context, S scored positions of a window, V vocabulary, W windows, R rows of a block.
+C context, S scored positions of a window, V vocabulary, W windows, R rows of a block of S.
 """
 
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -111,51 +112,73 @@ def cut_windows(tokens: Sequence[int], context: int, max_tokens: int | None) -> 
 
 
 def score_logits(
-    candidate: NDArray[np.float32], reference: NDArray[np.float32] | None, targets: NDArray[np.int64]
+    candidate: NDArray[np.float32],
+    reference: NDArray[np.float32] | None,
+    targets: NDArray[np.int64],
+    *,
+    threads: int = 1,
 ) -> Scores:
-    """Scores of [S, V] logits of the candidate and the reference against the [S] tokens that followed.
-
-    With p the reference's and q the candidate's distribution, a and b their logits less the largest,
-    KL(p || q) = sum p (b - a) - log sum exp b + log sum exp a: differences are taken before anything is
-    summed, in float32 as the logits are, and every sum is carried in float64.
-    """
+    """Scores of [S, V] logits of the candidate and the reference against the [S] tokens that followed."""
     count, vocabulary = candidate.shape
-    rows = max(1, BLOCK_ELEMENTS // vocabulary)
-    scratch = [np.empty((rows, vocabulary), np.float32) for _ in range(3)]
     nll, reference_nll, kl = np.empty(count), np.empty(count), np.empty(count)
     same_top = np.empty(count, np.bool_)
-    for start in range(0, count, rows):
+    rows = max(1, BLOCK_ELEMENTS // vocabulary)
+
+    def score(start: int) -> None:
         block = slice(start, min(start + rows, count))
-        a, b, exponential = (buffer[: block.stop - start] for buffer in scratch)
-        top, log_sum = _shift(candidate[block], a, exponential)
-        chosen = (np.arange(len(a)), targets[block])
-        nll[block] = log_sum - a[chosen]
-        if reference is None:
-            continue
-        reference_top, reference_log_sum = _shift(reference[block], b, exponential)
-        reference_nll[block] = reference_log_sum - b[chosen]
-        same_top[block] = top == reference_top
-        np.subtract(b, a, out=a)
-        expected = np.einsum("rv,rv->r", exponential, a, dtype=np.float64) / np.exp(reference_log_sum)
-        # KL can't be negative; rounding can make a tiny one so.
-        kl[block] = np.maximum(expected - reference_log_sum + log_sum, 0)
+        compared = None if reference is None else reference[block]
+        scores = _score_block(candidate[block], compared, targets[block])
+        nll[block] = scores.nll_nats
+        if scores.comparison is not None:
+            reference_nll[block] = scores.comparison.nll_nats
+            kl[block] = scores.comparison.kl_nats
+            same_top[block] = scores.comparison.same_top
+
+    with ThreadPoolExecutor(threads) as pool:  # numpy releases the GIL
+        list(pool.map(score, range(0, count, rows)))
     if reference is None:
         return Scores(nll_nats=nll, comparison=None)
     comparison = Comparison(nll_nats=reference_nll, kl_nats=kl, same_top=same_top)
     return Scores(nll_nats=nll, comparison=comparison)
 
 
-def _shift(
-    logits: NDArray[np.float32], shifted: NDArray[np.float32], exponential: NDArray[np.float32]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The likeliest token, and log sum exp of the logits less their largest: [R] each.
+def _score_block(
+    candidate: NDArray[np.float32], reference: NDArray[np.float32] | None, targets: NDArray[np.int64]
+) -> Scores:
+    """score_logits of [R, V] logits.
 
-    logits: [R, V].  shifted, exponential: [R, V] buffers for the logits less their largest, and exp of that.
+    With p the reference's and q the candidate's distribution, a and b their logits less the largest,
+    KL(p || q) = sum p (b - a) - log sum exp b + log sum exp a: differences are taken before anything is
+    summed, in float32 as the logits are, and every sum is carried in float64.
     """
+    # Infinities and NaN come through to the scores, where they are found once, with a message.
+    with np.errstate(invalid="ignore"):
+        chosen = (np.arange(len(candidate)), targets)
+        top, a, _, log_sum = _shift(candidate)
+        nll = log_sum - a[chosen]
+        if reference is None:
+            return Scores(nll_nats=nll, comparison=None)
+        reference_top, b, exponential, reference_log_sum = _shift(reference)
+        reference_nll = reference_log_sum - b[chosen]
+        difference = np.subtract(b, a, out=b)
+        expected = np.einsum("rv,rv->r", exponential, difference, dtype=np.float64) / np.exp(
+            reference_log_sum
+        )
+        # KL can't be negative; rounding can make a tiny one so.
+        kl = np.maximum(expected - reference_log_sum + log_sum, 0)
+    comparison = Comparison(nll_nats=reference_nll, kl_nats=kl, same_top=top == reference_top)
+    return Scores(nll_nats=nll, comparison=comparison)
+
+
+def _shift(
+    logits: NDArray[np.float32],
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]:
+    """Of [R, V] logits: the likeliest token [R], the logits less their largest and exp of that [R, V], and
+    the log of its sum [R]."""
     top = logits.argmax(axis=1)
-    np.subtract(logits, np.take_along_axis(logits, top[:, None], axis=1), out=shifted)
-    np.exp(shifted, out=exponential)
-    return top, np.log(exponential.sum(axis=1, dtype=np.float64))
+    shifted = logits - np.take_along_axis(logits, top[:, None], axis=1)
+    exponential = np.exp(shifted)
+    return top, shifted, exponential, np.log(exponential.sum(axis=1, dtype=np.float64))
 
 
 def _score_window(
@@ -168,8 +191,7 @@ def _score_window(
     theirs = None
     if reference is not None:
         theirs = reference.logits(_with_bos(window, reference), first)[:-1, :shared]
-    with np.errstate(invalid="ignore"):  # infinities and NaN are found below, once, with a message
-        scores = score_logits(ours, theirs, targets)
+    scores = score_logits(ours, theirs, targets, threads=candidate.options.threads or 1)
     checks = [("the model's logits", scores.nll_nats)]
     if scores.comparison is not None:
         checks.append(("the reference's logits", scores.comparison.nll_nats))

@@ -171,13 +171,14 @@ def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(vocabulary: int) -
     assert record["perplexity_ratio"] is record["reference_perplexity"] is None
 
 
-def test_small_divergences_survive_a_large_vocabulary() -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_small_divergences_survive_a_large_vocabulary(threads: int) -> None:
     """KL near 1e-3 nats over 150,001 tokens, against float64, with blocks that don't divide the rows."""
     random = np.random.default_rng(0)
     reference = (random.standard_normal((7, 150_001)) * 4 + 30).astype(np.float32)
     candidate = (reference + random.standard_normal(reference.shape) * 0.03 + 5).astype(np.float32)
     targets = random.integers(150_001, size=7)
-    scores = score_logits(candidate, reference, targets)
+    scores = score_logits(candidate, reference, targets, threads=threads)
     assert scores.comparison is not None
     for row in range(7):
         q, p = log_softmax(candidate[row].astype(np.float64)), log_softmax(reference[row].astype(np.float64))
