@@ -31,10 +31,16 @@ def text(value: object) -> str:
     return NOT_AVAILABLE if value in (None, "") else str(value)
 
 
+_HUGE = 1e9
+"""From here on digits say less than their number."""
+
+
 def significant(value: float | None, digits: int = 3) -> str:
     """1234.5 as '1,234', 366.1 as '366', 89.04 as '89.0', 0.05403 as '0.0540'."""
     if value is None:
         return NOT_AVAILABLE
+    if abs(value) >= _HUGE:
+        return f"{value:.{digits - 1}e}"
     magnitude = math.floor(math.log10(abs(value))) if value else 0
     decimals = max(0, digits - 1 - magnitude)
     if round(abs(value), decimals) >= 10 ** (magnitude + 1):  # 9.996 gains a digit by rounding
@@ -122,9 +128,10 @@ def interval(estimate: Mapping[str, float | None] | None, *, as_percent: bool = 
     value, low, high = (estimate.get(key) for key in ("value", "low", "high"))
     assert value is not None
     scale, unit, decimals = (100.0, " %", 2) if as_percent else (1.0, "", _decimals(value))
-    said = f"{value * scale:,.{decimals}f}"
+    form = f",.{decimals}f" if abs(value) < _HUGE else ".3e"  # the perplexity of a destroyed model
+    said = f"{value * scale:{form}}"
     if low is not None and high is not None:
-        said += f" [{low * scale:,.{decimals}f}, {high * scale:,.{decimals}f}]"
+        said += f" [{low * scale:{form}}, {high * scale:{form}}]"
     return said + unit
 
 

@@ -143,10 +143,10 @@ def test_a_missed_gate_exits_with_1_and_keeps_the_bundle(folder: Path) -> None:
     (folder / "gate.toml").write_text(
         'name = "g"\ntask = "causal-lm"\nmodel = "tiny.gguf"\ndevice = "x86-64-laptop"\n'
         '[data]\ncalibration = "text.txt"\nheldout = "text.txt"\n[calibrate]\ntokens = 256\ncontext = 64\n'
-        '[quantize]\nscheme = "Q8_0"\n[evaluate]\ncontext = 64\n[gate]\nmax_kl_nats = 0.0000001\n'
+        '[quantize]\nscheme = "Q8_0"\n[evaluate]\ncontext = 64\n[gate]\nmax_file_bytes = 1000\n'
         "[bench]\nprompt_tokens = 16\ndecode_tokens = 4\nrepetitions = 1\n"
     )
     done = edgeslm("build", "gate.toml", "--out", "gated", cwd=folder)
     assert done.returncode == 1, done.stderr
-    assert "max_kl_nats" in done.stdout + done.stderr
+    assert "max_file_bytes" in done.stdout + done.stderr
     assert edgeslm("inspect", "gated", "--verify", cwd=folder).returncode == 0

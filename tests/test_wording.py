@@ -159,3 +159,9 @@ def test_words_are_ascii_whatever_the_number(value: float | None) -> None:
         text = getattr(wording, name)(value)
         assert text.isascii()
         assert re.search(r"\d|n/a", text)
+
+
+def test_huge_values_are_told_by_their_magnitude() -> None:
+    estimate = {"value": 3.2e29, "low": 2.5e29, "high": 4.1e29}
+    assert wording.interval(estimate) == "3.200e+29 [2.500e+29, 4.100e+29]"
+    assert wording.significant(3.2e29) == "3.20e+29"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SCHEMA = "edgeslm.report/1"
 BUNDLE, QUALITY, BENCH, BUILD = "edgeslm.bundle/1", "edgeslm.quality/1", "edgeslm.bench/1", "edgeslm.build/1"
 MAX_RECORD_BYTES = 2**26
-LARGEST = 1e18
+LARGEST = 1e300
 """No quantity in a record is bigger; NaN and infinity are not below it either."""
 FACTS = ("model", "quantization", "recipe", "versions", "kinds")
 """What is known of the artifact itself, however often it is measured."""
