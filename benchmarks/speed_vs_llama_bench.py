@@ -3,8 +3,9 @@
     python benchmarks/speed_vs_llama_bench.py FILE.gguf -p 128,512 -n 32,128 -t 2
 
 Both run whole, in turn, `--pairs` times, the order swapped each time, so that a slower minute of the
-machine hits both.  The ratio is of the medians over all repetitions.  Exits with 1 if one is outside
-0.97 to 1.03.
+machine hits both.  Each pair gives the ratio of its medians; printed is the median of the pairs, with the
+95 % interval of a bootstrap over them: where that is wide, other work disturbs the machine, and more pairs
+help.  Exits with 1 if a ratio is outside 0.97 to 1.03.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from random import Random
+from typing import TYPE_CHECKING, Any
 
 import peer
 
@@ -38,33 +40,40 @@ def main() -> int:
         "edgeslm": lambda: edgeslm_speeds(arguments),
         "llama-bench": lambda: llama_bench_speeds(arguments, tools),
     }
-    speeds: dict[str, Speeds] = {name: {} for name in commands}
-    for pair in range(arguments.pairs):
-        for name in list(commands) if pair % 2 == 0 else reversed(commands):
-            for key, samples in commands[name]().items():
-                speeds[name].setdefault(key, []).extend(samples)
-    rows = [
-        {
-            "kind": kind,
-            "tokens": tokens,
-            **{
-                f"{name}_tokens_per_s": statistics.median(found[kind, tokens])
-                for name, found in speeds.items()
-            },
-            "ratio": statistics.median(speeds["edgeslm"][kind, tokens])
-            / statistics.median(speeds["llama-bench"][kind, tokens]),
-        }
-        for kind, tokens in speeds["edgeslm"]
-    ]
+    pairs: list[dict[str, Speeds]] = []
+    for number in range(arguments.pairs):
+        order = list(commands) if number % 2 == 0 else reversed(commands)
+        pairs.append({name: commands[name]() for name in order})
+    rows = [compare(pairs, kind, tokens) for kind, tokens in pairs[0]["edgeslm"]]
     if not arguments.as_json:
-        print(f"{'tokens/s':>18}{'edgeslm':>12}{'llama-bench':>13}{'ratio':>9}")
+        print(f"{'tokens/s':>18}{'edgeslm':>12}{'llama-bench':>13}{'ratio':>9}{'95 % interval':>18}")
         for row in rows:
             print(
                 f"{row['kind']:>9} {row['tokens']:8}{row['edgeslm_tokens_per_s']:12.1f}"
-                f"{row['llama-bench_tokens_per_s']:13.1f}{row['ratio']:9.3f}"
+                f"{row['llama_bench_tokens_per_s']:13.1f}{row['ratio']:9.3f}"
+                f"{row['ratio_low']:10.3f} - {row['ratio_high']:.3f}"
             )
     print(json.dumps({"model": str(arguments.model), "threads": arguments.threads, "rows": rows}))
     return int(any(not LOW <= row["ratio"] <= HIGH for row in rows))
+
+
+def compare(pairs: Sequence[dict[str, Speeds]], kind: str, tokens: int) -> dict[str, Any]:
+    """One size: the medians of each pair's repetitions, and the ratio over the pairs with its interval."""
+    ours, theirs = (
+        [statistics.median(pair[name][kind, tokens]) for pair in pairs] for name in ("edgeslm", "llama-bench")
+    )
+    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+    random = Random(0)
+    resampled = sorted(statistics.median(random.choices(ratios, k=len(ratios))) for _ in range(1000))
+    return {
+        "kind": kind,
+        "tokens": tokens,
+        "edgeslm_tokens_per_s": statistics.median(ours),
+        "llama_bench_tokens_per_s": statistics.median(theirs),
+        "ratio": statistics.median(ratios),
+        "ratio_low": resampled[25],
+        "ratio_high": resampled[974],
+    }
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -76,7 +85,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-n", "--decode-tokens", default="32", help="decode lengths, as a list")
     parser.add_argument("-t", "--threads", type=int, default=usable_cores(), help="default: the usable cores")
     parser.add_argument("-r", "--repetitions", type=int, default=5, help="of each size in each run")
-    parser.add_argument("--pairs", type=int, default=4, help="how often both run")
+    parser.add_argument("--pairs", type=int, default=8, help="how often both run")
     parser.add_argument("--json", dest="as_json", action="store_true", help="print the JSON document only")
     peer.add_options(parser)
     return parser.parse_args(arguments)
