@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeslm.errors import ModelError
 from edgeslm.stages.architectures import add_metadata, architecture_of
-from edgeslm.stages.vocab import add_vocab, disagreements
+from edgeslm.stages.vocab import add_vocab, disagreements, read_json
 
 if TYPE_CHECKING:
     from edgeslm.gguf_file import GgufFile
@@ -26,6 +26,9 @@ def write_metadata(
         card.name = checkpoint.name
     if card.size_label is None:
         card.size_label = gguf.size_label(total, shared, expert, experts)
+    if card.sampling_penalty_repeat is None and (checkpoint.path / "generation_config.json").is_file():
+        generation = read_json(checkpoint.path / "generation_config.json")
+        card.sampling_penalty_repeat = generation.get("repetition_penalty")
     writer.add_type(gguf.GGUFType.MODEL)
     card.set_gguf_meta_model(writer)
     add_metadata(writer, config)

@@ -97,6 +97,7 @@ def add_vocab(writer: Any, directory: Path, config: Mapping[str, Any], style: st
     writer.add_token_types(vocab.types)
     with _quiet("gguf.vocab"):
         special = gguf.SpecialVocab(directory, load_merges=vocab.scores is None, n_vocab=len(vocab.tokens))
+    _follow_post_processor(special, directory)
     if style == "llama" and config["vocab_size"] == 49152:
         # StarCoder's vocabulary (SmolLM, Granite): its tokenizers never put BOS in front.
         special.add_special_token["bos"] = False
@@ -104,6 +105,38 @@ def add_vocab(writer: Any, directory: Path, config: Mapping[str, Any], style: st
         special.add_special_token.setdefault("bos", vocab.add_bos)
     special.add_to_gguf(writer, quiet=True)
     return vocab
+
+
+def _follow_post_processor(special: Any, directory: Path) -> None:
+    """Whether BOS and EOS are added is what tokenizer.json does, not what tokenizer_config.json says of it.
+
+    gguf-py after 0.19 goes by the same rules (SpecialVocab._try_load_from_tokenizer_json).
+    """
+    if not _has(directory, "tokenizer.json"):
+        return
+    document = read_json(directory / "tokenizer.json")
+    settings = (
+        read_json(directory / "tokenizer_config.json") if _has(directory, "tokenizer_config.json") else {}
+    )
+    known = {_text(settings.get(name)) for name in ("bos_token", "cls_token")} - {None}
+    post_processor = document.get("post_processor") or {}
+    adds: dict[str, bool] = {}
+    for processor in post_processor.get("processors", [post_processor]):
+        if processor.get("type") == "ByteLevel":
+            adds.setdefault("bos", False)
+            adds.setdefault("eos", False)
+        elif processor.get("type") == "TemplateProcessing" and len(single := processor.get("single", [])) > 1:
+            first, last = (part.get("SpecialToken", {}).get("id") for part in (single[0], single[-1]))
+            if first and not known:
+                number = next(
+                    (t["id"] for t in document.get("added_tokens", []) if t["content"] == first), None
+                )
+                special.special_token_ids |= {} if number is None else {"bos": number, "cls": number}
+            if first:
+                adds["bos"] = first in known or not known
+            if last:
+                adds["eos"] = True
+    special.add_special_token |= adds
 
 
 @contextmanager
