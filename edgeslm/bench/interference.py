@@ -83,7 +83,7 @@ def _spread(samples_s: Sequence[float]) -> list[str]:
     if spread <= MAX_SPREAD:
         return []
     return [
-        f"repetitions differ by {spread:.0%} (standard deviation over mean, at most {MAX_SPREAD:.0%}): "
+        f"repetitions differ by {spread:.1%} (standard deviation over mean, at most {MAX_SPREAD:.0%}): "
         f"{min(samples_s):.4g} to {max(samples_s):.4g} s"
     ]
 
@@ -106,7 +106,7 @@ def _frequency(before: Conditions, after: Conditions) -> list[str]:
     if drop <= MAX_FREQUENCY_DROP:
         return []
     return [
-        f"the clock fell by {drop:.0%}, from {before.frequency_hz / 1e6:.0f} to {after.frequency_hz / 1e6:.0f} MHz "
+        f"the clock fell by {drop:.1%}, from {before.frequency_hz / 1e6:.0f} to {after.frequency_hz / 1e6:.0f} MHz "
         f"(at most {MAX_FREQUENCY_DROP:.0%})"
     ]
 

@@ -39,7 +39,7 @@ def test_a_calm_machine_gives_no_reason() -> None:
 
 def test_spread_between_repetitions() -> None:
     (reason,) = reasons([1.0, 1.0, 1.0, 2.0], CALM, later())
-    assert reason == ("repetitions differ by 40% (standard deviation over mean, at most 10%): 1 to 2 s")
+    assert reason == ("repetitions differ by 40.0% (standard deviation over mean, at most 10%): 1 to 2 s")
     assert reasons([1.0, 1.19], CALM, later()) != []
     assert reasons([1.0, 1.15], CALM, later()) == []  # 0.106 / 1.075
     assert reasons([1.0], CALM, later()) == []
@@ -58,7 +58,7 @@ def test_a_moment_is_too_short_to_judge_load() -> None:
 
 def test_a_falling_clock() -> None:
     (reason,) = reasons(STEADY, CALM, later(frequency_hz=1.5e9))
-    assert reason == "the clock fell by 38%, from 2400 to 1500 MHz (at most 10%)"
+    assert reason == "the clock fell by 37.5%, from 2400 to 1500 MHz (at most 10%)"
     assert reasons(STEADY, CALM, later(frequency_hz=2.2e9)) == []
     assert reasons(STEADY, CALM, later(frequency_hz=3.0e9)) == []
 
