@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 INSTALL = {
     "gguf": "pip install 'edgeslm[gguf]'  "
     "(compiles llama.cpp for some minutes; on Debian first: sudo apt install g++ cmake)",
-    "workstation": "pip install 'edgeslm[workstation]'  (torch alone without CUDA: "
-    "pip install torch --index-url https://download.pytorch.org/whl/cpu)",
+    "workstation": "pip install 'edgeslm[workstation]'  (on Linux torch comes with CUDA, several GB; "
+    "install its CPU build first if you have no use for that)",
 }
 """Extra of the package to the command that adds it to this installation, wherever that came from."""
 
