@@ -38,8 +38,6 @@ class Architecture:
     """Which tokenizer is looked for first: see edgeslm.stages.vocab."""
     states_vocab: bool = False
     """Whether vocabulary size and rotary dimensions are written."""
-    trims_vocab: bool = False
-    """Whether embedding rows beyond the tokenizer's vocabulary are dropped."""
     needs_head: bool = False
     """llama.cpp loads the family with a head only: a tied model's embedding is written twice."""
     states_rope: bool = True
@@ -79,7 +77,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                            "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256},
     ),
     "Gemma3ForCausalLM": Architecture(
-        gguf="gemma3", norm_offset=1.0, vocab="gemma", trims_vocab=True,
+        gguf="gemma3", norm_offset=1.0, vocab="gemma",
         defaults=_GEMMA | {"max_position_embeddings": 131072, "rope_theta": 1000000.0,
                            "rope_local_base_freq": 10000.0, "query_pre_attn_scalar": 256},
     ),

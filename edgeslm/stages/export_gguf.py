@@ -18,6 +18,7 @@ import numpy as np
 
 from edgeslm.atomic import replacing
 from edgeslm.bundle import file_sha256
+from edgeslm.device import probe
 from edgeslm.errors import EdgeslmError, ModelError
 from edgeslm.gguf_file import GGML_TYPES, GgufFile, read_gguf, row_bytes
 from edgeslm.progress import Quiet
@@ -85,7 +86,7 @@ def run(
     facts = source.write_metadata(plan)
     _stream(
         source.writer, plan, lambda start: _jobs(plan, by_name, weights, start), out=out,
-        threads=threads or _usable_cores(), progress=progress,
+        threads=threads or probe()["usable_cores"] or 1, progress=progress,
     )  # fmt: skip
     record = {**plan.record(), "importance": file_sha256(importance) if importance else None}
     model = {
@@ -218,7 +219,7 @@ def _keep_unfit(plan: Plan, tensors: Mapping[str, Tensor], warnings: list[str]) 
         bad = 0 if tensor.type not in FLOATS else sum(not_finite(tensor.read(a, b)) for a, b in slabs(tensor))
         if bad:
             warnings.append(f"{tensor.name} has {bad} values that are not finite; it stays in F32")
-            kept.append(replace(placed, type="F32", reason=f"{bad} values are not finite"))
+            kept.append(replace(placed, type="F32", reason=f"{bad} values are not finite", finite=False))
         else:
             kept.append(placed)
     return replace(plan, tensors=tuple(kept))
@@ -278,7 +279,7 @@ class _Job:
         if kind == tensor.type and kind not in FLOATS:
             return np.ascontiguousarray(tensor.raw(self.start, self.stop))
         values = tensor.read(self.start, self.stop)
-        if not self.placed.reason.endswith("not finite") and (bad := not_finite(values)):
+        if self.placed.finite and (bad := not_finite(values)):
             raise ModelError(
                 f"{tensor.name} has {bad} values that are not finite in rows {self.start} to {self.stop - 1}",
                 hint="the checkpoint is damaged or training diverged; --keep-going leaves such tensors in F32",
@@ -357,8 +358,3 @@ def _reserve(descriptor: int, size: int, out: Path) -> None:
 def _padded(size: int) -> int:
     """Tensors start at multiples of GGUF's default alignment."""
     return -(-size // 32) * 32
-
-
-def _usable_cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

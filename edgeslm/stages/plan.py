@@ -75,6 +75,8 @@ class Placed:
     type: str
     wanted: str
     reason: str = ""
+    finite: bool = True
+    """False: known to hold NaN or infinity, and kept all the same."""
 
     @property
     def nbytes(self) -> int:

@@ -161,15 +161,13 @@ def _check_complete(tensors: Sequence[Tensor], config: Config) -> None:
             f"the checkpoint lacks {len(missing)} tensors, first {missing[0]}",
             hint="compare num_hidden_layers in config.json with the weights, and fetch all shards",
         )
-    sizes = {"token_embd.weight": (config["vocab_size"], config["hidden_size"])}
-    for tensor in tensors:
-        wanted_shape = sizes.get(tensor.name)
-        trimmed = architecture_of(config).trims_vocab and tensor.shape[0] >= config["vocab_size"]
-        if wanted_shape and tensor.shape != wanted_shape and not trimmed:
-            raise ModelError(
-                f"{tensor.name} has shape {tensor.shape}, config.json says {wanted_shape}",
-                hint="the configuration and the weights are of different models",
-            )
+    embedding = next(tensor for tensor in tensors if tensor.name == "token_embd.weight")
+    wanted_shape = config["vocab_size"], config["hidden_size"]
+    if embedding.shape != wanted_shape:
+        raise ModelError(
+            f"{embedding.name} has shape {embedding.shape}, config.json says {wanted_shape}",
+            hint="the configuration and the weights are of different models",
+        )
 
 
 def gguf_tensors(source: GgufFile) -> list[Tensor]:
