@@ -54,7 +54,7 @@ $(VENV)/.test: $(VENV)/.demo
 	touch $@
 
 $(DEVICE_VENV)/.test: $(DEVICE_VENV)/.made pyproject.toml constraints.txt
-	$(COMPILE) $(DEVICE_VENV)/bin/python $(PIP_INSTALL) -e ".[gguf,test]"
+	$(COMPILE) $(DEVICE_VENV)/bin/python $(PIP_INSTALL) -e ".[gguf,onnx,test]"
 	touch $@
 
 %/.made:

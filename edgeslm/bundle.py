@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-FORMATS = ("gguf",)
+FORMATS = ("gguf", "onnx")
 MAX_MANIFEST_BYTES = 2**24
 LINK_BYTES = 2**20
 """Files from this size on are hard-linked into a bundle where they can be."""
@@ -177,6 +177,11 @@ def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
 def _open_bare(path: Path, mode: int) -> Bundle:
     if not stat.S_ISREG(mode):
         raise BundleError(f"{path} is neither a directory nor a file")
+    if path.suffix == ".onnx":
+        raise BundleError(
+            f"{path} is a bare ONNX file: its labels, tokenizer and preprocessing are in the bundle's manifest",
+            hint=f"give the bundle directory{f', {path.resolve().parent}' if _is_bundle(path) else ''}",
+        )
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -185,6 +190,11 @@ def _open_bare(path: Path, mode: int) -> Bundle:
             hint="make one with: edgeslm quantize MODEL --out FILE.gguf",
         )
     return Bundle(path=path, weights=path, format="gguf", manifest=None)
+
+
+def _is_bundle(path: Path) -> bool:
+    """Whether a file lies in a bundle."""
+    return (path.resolve().parent / MANIFEST_NAME).is_file()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -218,7 +228,7 @@ def _check_manifest(manifest: Mapping[str, Any], path: Path) -> None:
         raise BundleError(f"{path}: the format {manifest.get('format')!r} is none of {', '.join(FORMATS)}")
     if not isinstance(manifest.get("name"), str) or not isinstance(manifest.get("files"), list):
         raise BundleError(f"{path}: the manifest has no name or no files")
-    for key in ("model", "quantization", "versions", "recipe", "quality"):
+    for key in ("model", "quantization", "versions", "recipe", "quality", "decision"):
         if not isinstance(manifest.get(key), dict | None):
             raise BundleError(f"{path}: {key} of the manifest is not an object")
     for key in ("files", "reports"):

@@ -16,12 +16,20 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     facts = [
         ("Made of", f"`{model['source']}` (sha256 {model['source_sha256'][:16]}...)"),
         ("Licence", model.get("licence") or "not stated by the source"),
+        ("Licence of the data", (manifest.get("data") or {}).get("licence") or "not stated by the recipe"),
         ("Architecture", f"{model['architecture']}, {wording.parameters(model['parameters'])} parameters"),
-        ("Context", wording.count(model.get("context_length"), "token")),
+        ("Made by", _stages(manifest.get("ancestry"))),
         ("Types", f"{plan['scheme']}, {plan['bits_per_weight']:.2f} bits per weight"),
-        ("Importance matrix", "yes" if plan.get("importance") else "no"),
+        *(_classifier_facts(manifest) if manifest["format"] == "onnx" else _language_facts(manifest)),
     ]
-    if quality:
+    if quality.get("schema") == "edgeslm.task-quality/1":
+        facts += [
+            ("Measured on", wording.count(quality["protocol"]["examples"], "held-out example")),
+            ("Accuracy", wording.interval(quality["accuracy"], as_percent=True)),
+            ("Macro F1", wording.interval(quality["macro"]["f1"], as_percent=True)),
+            ("Log-loss", f"{wording.interval(quality['log_loss'])} nats"),
+        ]
+    elif quality:
         kl = quality.get("kl_nats") or {}
         facts += [
             (
@@ -39,15 +47,54 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "|---|---|",
         *(f"| {key} | {value} |" for key, value in facts),
     ]
-    if fallbacks := wording.fallback_lines(plan["fallbacks"]):
+    if fallbacks := wording.fallback_lines(plan.get("fallbacks") or ()):
         lines += [
             "",
             "Types that the model's shapes did not allow:",
             "",
             *(f"- {line}" for line in fallbacks),
         ]
-    lines += [
-        "",
+    return "\n".join([*lines, "", *_how_to_run(manifest["format"])]) + "\n"
+
+
+def _stages(ancestry: Mapping[str, Any] | None) -> str:
+    """The stages that made the weights, the first one first."""
+    names: list[str] = []
+    while ancestry:
+        names.insert(0, str(ancestry.get("stage")))
+        ancestry = ancestry.get("before")
+    return ", ".join([*names, "quantize"])
+
+
+def _language_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    model, plan = manifest["model"], manifest["quantization"]
+    return [
+        ("Context", wording.count(model.get("context_length"), "token")),
+        ("Importance matrix", "yes" if plan.get("importance") else "no"),
+    ]
+
+
+def _classifier_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    decision, read = manifest["decision"], manifest["model"]["preprocessing"]
+    rates = zip(decision["labels"], decision["prior"], strict=True)
+    facts = [("Classes and base rates", ", ".join(f"{name} {rate:.3g}" for name, rate in rates))]
+    if read["kind"] == "text":
+        return [*facts, ("Reads", f"texts of up to {read['max_tokens']} tokens")]
+    return [*facts, ("Reads", f"windows of {read['rows']} rows of {', '.join(read['channels'])}")]
+
+
+def _how_to_run(format_: str) -> list[str]:
+    if format_ == "onnx":
+        return [
+            "Inputs, outputs and preprocessing are in `manifest.json`.  Measure it on labelled data of your own:",
+            "",
+            "```sh",
+            "pip install 'edgeslm[onnx]'",
+            "edgeslm inspect . --verify",
+            "edgeslm eval . --text labelled.tsv",
+            "```",
+        ]
+    return [
         "Run it with any llama.cpp, or with edgeslm:",
         "",
         "```sh",
@@ -56,4 +103,3 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "edgeslm chat .",
         "```",
     ]
-    return "\n".join(lines) + "\n"

@@ -7,27 +7,44 @@ as its last line, and nothing else there.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from edgeslm import __version__
 from edgeslm.options import (
     ARTIFACT,
+    LazyCommand,
+    emit,
     json_option,
+    processes_option,
+    progress_for,
     runner_options,
-    sampling_options,
+    save,
     split_numbers,
+    split_rates,
     split_types,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from edgeslm.progress import Progress
+ELSEWHERE = {
+    "edgeslm.training_commands": {
+        "finetune": "Train a model on a domain's own data.",
+        "prune": "Cut layers, widths or tokens that matter least.",
+        "distill": "Teach a smaller model what a larger one knows.",
+    },
+    "edgeslm.setup_commands": {
+        "doctor": "Show what this machine has and what is missing.",
+        "init": "Write a commented recipe for MODEL.",
+        "devices": "List the device profiles, or show one.",
+    },
+    "edgeslm.chat_commands": {
+        "chat": "Talk to ARTIFACT; a pipe is read as one message.",
+        "generate": "Continue a prompt, with no chat template.",
+    },
+}
+"""Modules with further commands, and what the list of commands says of each."""
 
 
 def main() -> None:
@@ -63,17 +80,6 @@ def cli() -> None:
     """
 
 
-def progress_for(as_json: bool) -> Progress:
-    from edgeslm.progress import Quiet, for_terminal
-
-    return Quiet() if as_json else for_terminal()
-
-
-def emit(record: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str, Any]], str]) -> None:
-    """Print a record: as JSON for machines or as text for people."""
-    click.echo(json.dumps(record, ensure_ascii=False, allow_nan=False) if as_json else render(record))
-
-
 @cli.command()
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Bundle directory to create.")
@@ -81,8 +87,11 @@ def emit(record: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str
     "--work", type=click.Path(path_type=Path), help="Where stages keep results.  [default: OUT.work]"
 )
 @click.option("--force", multiple=True, metavar="STAGE", help="Run STAGE again even if its result is there.")
+@processes_option
 @json_option
-def build(recipe: Path, out: Path, work: Path | None, force: tuple[str, ...], as_json: bool) -> None:
+def build(
+    *, recipe: Path, out: Path, work: Path | None, force: tuple[str, ...], processes: int, as_json: bool
+) -> None:
     """Build a measured, deployable bundle from RECIPE.
 
     A stage whose inputs have not changed is skipped, so an interrupted build goes on where it
@@ -91,12 +100,15 @@ def build(recipe: Path, out: Path, work: Path | None, force: tuple[str, ...], as
     \b
     Example:  edgeslm build recipes/quickstart.toml --out smollm2-q4
     """
-    from edgeslm import console, pipeline
+    from edgeslm import console, gate, pipeline
     from edgeslm.recipe import load_recipe
 
-    result = pipeline.build(load_recipe(recipe), out, work=work, force=force, progress=progress_for(as_json))
-    emit(result, as_json, console.build_text)
-    pipeline.raise_for_gate(result)
+    result = pipeline.build(
+        load_recipe(recipe), out, work=work, force=force, processes=processes, progress=progress_for(as_json)
+    )
+    if result is not None:  # one of several processes tells
+        emit(result, as_json, console.build_text)
+        gate.raise_for_gate(result)
 
 
 @cli.command()
@@ -184,7 +196,29 @@ def inspect(model: str, tensors: bool, context: int, verify: bool, as_json: bool
 @cli.command("eval", short_help="Measure the quality of ARTIFACT through its runtime.")
 @click.argument("artifact", type=ARTIFACT)
 @click.option("--reference", metavar="MODEL", help="The model before quantization: any model source.")
-@click.option("--text", "texts", multiple=True, required=True, metavar="FILE", help="Held-out text or JSONL.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="Held-out text, or a labelled table.",
+)
+@click.option(
+    "--prior",
+    multiple=True,
+    metavar="CLASS=RATE",
+    callback=split_rates,
+    help="Base rate where it is deployed.",
+)
+@click.option(
+    "--cost",
+    "costs",
+    multiple=True,
+    metavar="CLASS=COST",
+    callback=split_rates,
+    help="Cost of missing a class.",
+)
 @click.option(
     "-c",
     "--context",
@@ -202,6 +236,8 @@ def evaluate(
     artifact: Path,
     reference: str | None,
     texts: tuple[str, ...],
+    prior: dict[str, float],
+    costs: dict[str, float],
     context: int,
     max_tokens: int | None,
     threads: int | None,
@@ -210,16 +246,20 @@ def evaluate(
 ) -> None:
     """Measure the quality of ARTIFACT, a bundle or a .gguf file, through the runtime that ships.
 
+    A language model is compared with --reference on text; a classifier or a sensor model with the labels
+    of a table, for the base rates and costs of its bundle or those of --prior and --cost.
+
     \b
     Example:  edgeslm eval smollm2-q4 --reference HuggingFaceTB/SmolLM2-135M-Instruct --text heldout.txt
+              edgeslm eval bearing --text week-12.csv --prior failure=0.01 --cost failure=50
     """  # fmt: skip
     from edgeslm import console, pipeline
 
     record = pipeline.evaluate(
-        artifact, texts, reference=reference, context=context, max_tokens=max_tokens, threads=threads,
-        progress=progress_for(as_json),
+        artifact, texts, reference=reference, prior=prior, costs=costs, context=context, max_tokens=max_tokens,
+        threads=threads, progress=progress_for(as_json),
     )  # fmt: skip
-    _save(record, out)
+    save(record, out)
     emit(record, as_json, console.quality_text)
 
 
@@ -245,6 +285,13 @@ def evaluate(
     "-t", "--threads", callback=split_numbers, help="Thread counts, as a list.  [default: the cores]"
 )
 @click.option("-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option(
+    "--batch-sizes",
+    callback=split_numbers,
+    default="1",
+    show_default=True,
+    help="Classifiers: examples in a call.",
+)
 @runner_options
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the record to this file.")
 @json_option
@@ -255,62 +302,40 @@ def bench(
     decode_tokens: tuple[int, ...],
     threads: tuple[int, ...],
     repetitions: int,
+    batch_sizes: tuple[int, ...],
     out: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Measure speed and memory of ARTIFACT on this machine.
 
+    A language model's prefill and decode; a classifier's latency and throughput for each of --batch-sizes.
+
     \b
     Example:  edgeslm bench smollm2-q4 -p 128,512 -n 64 -t 1,2,4
+              edgeslm bench bearing --batch-sizes 1,64 -t 1
     """  # fmt: skip
     from edgeslm import console
+    from edgeslm.bench.classify_bench import bench_classifier
     from edgeslm.bench.measure import bench_artifact
+    from edgeslm.bundle import open_bundle
     from edgeslm.runtime.runner import RunnerOptions
 
-    record = bench_artifact(
-        artifact, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, threads=threads,
-        repetitions=repetitions, options=RunnerOptions(**options), progress=progress_for(as_json),
-    )  # fmt: skip
-    _save(record, out)
+    shared: dict[str, Any] = {
+        "threads": threads, "repetitions": repetitions, "progress": progress_for(as_json)
+    }  # fmt: skip
+    if open_bundle(artifact).format == "onnx":
+        record = bench_classifier(artifact, batch_sizes=batch_sizes, **shared)
+    else:
+        record = bench_artifact(
+            artifact,
+            prompt_tokens=prompt_tokens,
+            decode_tokens=decode_tokens,
+            options=RunnerOptions(**options),
+            **shared,
+        )
+    save(record, out)
     emit(record, as_json, console.bench_text)
-
-
-@cli.command(short_help="Talk to ARTIFACT; a pipe is read as one message.")
-@click.argument("artifact", type=ARTIFACT)
-@click.option("--system", help="The system message.")
-@click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads of the engine.")
-@sampling_options
-@runner_options
-@json_option
-def chat(artifact: Path, system: str | None, as_json: bool, **options: Any) -> None:
-    """Talk to ARTIFACT with its own chat template; a pipe is read as one message.
-
-    \b
-    Example:  edgeslm chat smollm2-q4
-              echo "What is a list comprehension?" | edgeslm chat smollm2-q4 --temperature 0
-    """
-    from edgeslm.runtime.chat import chat_session
-
-    chat_session(artifact, system=system, as_json=as_json, **options)
-
-
-@cli.command(short_help="Continue a prompt, with no chat template.")
-@click.argument("artifact", type=ARTIFACT)
-@click.argument("prompt", required=False)
-@click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads of the engine.")
-@sampling_options
-@runner_options
-@json_option
-def generate(artifact: Path, prompt: str | None, as_json: bool, **options: Any) -> None:
-    """Continue PROMPT (or standard input) with no chat template.
-
-    \b
-    Example:  edgeslm generate smollm2-q4 "The capital of France is" --temperature 0 -n 16
-    """
-    from edgeslm.runtime.chat import generate_once
-
-    generate_once(artifact, prompt, as_json=as_json, **options)
 
 
 @cli.command(short_help="Put results side by side: JSON, Markdown, HTML.")
@@ -335,63 +360,6 @@ def report(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
     emit(write_report(results, out), as_json, console.paths_text)
 
 
-@cli.command(short_help="Show what this machine has and what is missing.")
-@json_option
-def doctor(as_json: bool) -> None:
-    """Show what this machine has and what to install for what is missing.
-
-    \b
-    Example:  edgeslm doctor
-    """
-    from edgeslm import console
-    from edgeslm.doctor import diagnose
-
-    emit(diagnose(), as_json, console.doctor_text)
-
-
-@cli.command()
-@click.argument("model")
-@click.option("--device", default="x86-64-laptop", show_default=True, help="A profile of `edgeslm devices`.")
-@click.option("--out", type=click.Path(path_type=Path), help="Recipe file to create.  [default: print it]")
-@json_option
-def init(model: str, device: str, out: Path | None, as_json: bool) -> None:
-    """Write a commented recipe for MODEL.
-
-    \b
-    Example:  edgeslm init HuggingFaceTB/SmolLM2-135M-Instruct --device rpi5-8gb --out chat.toml
-    """
-    from edgeslm.device import load_device
-    from edgeslm.recipe import recipe_template, write_template
-
-    load_device(device)  # an unknown profile is an error before anything is written
-    text = recipe_template(model, device)
-    if out is not None:
-        write_template(text, out)
-    emit(
-        {"recipe": text, "path": str(out) if out else None},
-        as_json,
-        lambda _: f"wrote {out}" if out else text,
-    )
-
-
-@cli.command(short_help="List the device profiles, or show one.")
-@click.argument("name", required=False)
-@json_option
-def devices(name: str | None, as_json: bool) -> None:
-    """List the device profiles, or show one with the source of every value.
-
-    \b
-    Example:  edgeslm devices rpi5-8gb
-    """
-    from edgeslm import console
-    from edgeslm.device import describe_devices
-
-    emit(describe_devices(name), as_json, console.devices_text)
-
-
-def _save(record: Mapping[str, Any], out: Path | None) -> None:
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(
-            json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
+for module, commands in ELSEWHERE.items():
+    for name, text in commands.items():
+        cli.add_command(LazyCommand(name, module, text))

@@ -7,15 +7,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgeslm import wording
+from edgeslm import layout, wording
+from edgeslm.console_learning import (
+    checkpoint_text,
+    classifier_facts,
+    learned_facts,
+    level,
+    task_quality_text,
+    task_summary,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping
 
     Record = Mapping[str, Any]
 
-WIDTH = 100
-"""Columns that running text is wrapped at."""
+__all__ = [
+    "bench_text", "build_text", "checkpoint_text", "devices_text", "doctor_text", "inspect_text", "paths_text",
+    "quality_text", "quantize_text",
+]  # fmt: skip
 
 
 def build_text(record: Record) -> str:
@@ -24,15 +34,16 @@ def build_text(record: Record) -> str:
     facts = [("stages", wording.stages(record["stages"]))] if record.get("stages") else []
     facts += [
         ("bundle", f"{record['bundle']}, {wording.size(record.get('bytes'))}"),
+        *learned_facts(record),
         ("bits per weight", wording.significant(record.get("bits_per_weight"))),
-        *_quality_summary(quality),
+        *(task_summary(quality) if quality.get("classes") else _quality_summary(quality)),
         *_speed_summary(bench),
         ("peak RSS", _memory(bench.get("memory") or {})),
         *[("warning", text) for text in record.get("warnings") or ()],
         ("gate", _gate(record.get("gate"))),
         ("report", wording.text(record.get("report"))),
     ]
-    return _facts(facts)
+    return layout.facts(facts)
 
 
 def quantize_text(record: Record) -> str:
@@ -52,17 +63,17 @@ def quantize_text(record: Record) -> str:
         for name, of in sorted(types.items(), key=lambda item: -(item[1].get("bytes") or 0))
     ]  # fmt: skip
     fallbacks = plan.get("fallbacks") or ()
-    parts = [_facts(facts)]
+    parts = [layout.facts(facts)]
     if rows:
-        parts.append(_table(("type", "tensors", "parameters", "size", "bits"), rows))
+        parts.append(layout.table(("type", "tensors", "parameters", "size", "bits"), rows))
     if fallbacks:
         total = sum(of.get("tensors") or 0 for of in types.values())
         heading = (
             f"{len(fallbacks):,} of {wording.count(total, 'tensor')} fell back" if total else "fallbacks"
         )
-        parts.append(_bullets(heading, wording.fallback_lines(fallbacks)))
+        parts.append(layout.bullets(heading, wording.fallback_lines(fallbacks)))
     if record.get("warnings"):
-        parts.append(_bullets("warnings", record["warnings"]))
+        parts.append(layout.bullets("warnings", record["warnings"]))
     return "\n\n".join(parts)
 
 
@@ -78,17 +89,18 @@ def inspect_text(record: Record, *, tensors: bool = False) -> str:
                             f"({wording.size(record.get('weight_bytes'))} of weights)"),
         ("context", wording.count(record.get("context_length"), "token")),
         ("tokenizer", _tokenizer(record.get("tokenizer") or {})),
+        *classifier_facts(record),
     ]  # fmt: skip
     if record.get("verified") is not None:
         facts.append(("hashes", "all files match the manifest" if record["verified"] else "DIFFER"))
-    parts = [_facts(facts)]
+    parts = [layout.facts(facts)]
     if tensors and record.get("tensors"):
         rows = [
             (t["name"], " x ".join(str(extent) for extent in t.get("shape") or ()), t.get("type"),
              wording.size(t.get("bytes")))
             for t in record["tensors"]
         ]  # fmt: skip
-        parts.append(_table(("tensor", "shape", "type", "size"), rows, left=(0, 2)))
+        parts.append(layout.table(("tensor", "shape", "type", "size"), rows, left=(0, 2)))
     elif record.get("kinds"):
         kinds = [
             (kind["kind"], _types(kind.get("types") or {}), wording.count(kind.get("tensors")),
@@ -96,19 +108,24 @@ def inspect_text(record: Record, *, tensors: bool = False) -> str:
              wording.significant(kind.get("bits_per_weight")))
             for kind in record["kinds"]
         ]  # fmt: skip
-        parts.append(_table(("kind", "types", "tensors", "parameters", "size", "bits"), kinds, left=(0, 1)))
+        parts.append(
+            layout.table(("kind", "types", "tensors", "parameters", "size", "bits"), kinds, left=(0, 1))
+        )
     if record.get("memory"):
         parts.append(_memory_estimate(record["memory"]))
     traps = [
         f"{trap['text']}" + (f" (try: {trap['hint']})" if trap.get("hint") else "")
         for trap in record.get("traps") or ()
     ]
-    parts.append(_bullets("traps", traps) if traps else "traps: none found")
+    if not record.get("labels"):
+        parts.append(layout.bullets("traps", traps) if traps else "traps: none found")
     return "\n\n".join(parts)
 
 
 def quality_text(record: Record) -> str:
-    """Perplexity, KL divergence and top-1 agreement, each with its interval."""
+    """Perplexity, KL divergence and top-1 agreement, or a classifier's metrics, each with its interval."""
+    if record.get("classes"):
+        return task_quality_text(record)
     artifact, reference = record.get("artifact") or {}, record.get("reference")
     text, protocol = record.get("text") or {}, record.get("protocol") or {}
     facts = [
@@ -130,7 +147,9 @@ def quality_text(record: Record) -> str:
         ("  largest", wording.interval(kl.get("max"))),
         ("top-1 agreement", wording.interval(record.get("top1_agreement"), as_percent=True)),
     ]
-    return "\n\n".join((_facts(facts), _table(("", f"value [{_level(record)}]"), rows, left=(0, 1))))
+    return "\n\n".join(
+        (layout.facts(facts), layout.table(("", f"value [{level(record)}]"), rows, left=(0, 1)))
+    )
 
 
 def bench_text(record: Record) -> str:
@@ -140,21 +159,21 @@ def bench_text(record: Record) -> str:
         ("artifact", f"{wording.text(artifact.get('name'))}, {wording.size(artifact.get('file_bytes'))}, "
                      f"{wording.significant(artifact.get('bits_per_weight'))} bits per weight"),
         ("machine", _machine(machine)),
-        ("bandwidth", f"{wording.bandwidth(record.get('memory_bandwidth_bytes_per_s'))} read, measured here"),
+        ("bandwidth", _bandwidth(record.get("memory_bandwidth_bytes_per_s"))),
         ("load", wording.duration(record.get("load_s"))),
         ("peak RSS", _memory(record.get("memory") or {})),
     ]  # fmt: skip
     runs = record.get("runs") or ()
-    parts = [_facts(facts)]
+    parts = [layout.facts(facts)]
     for kind, columns in wording.RUN_COLUMNS.items():
         rows = [[show(run) for _, show in columns] for run in runs if run.get("kind") == kind]
         if rows:
             keep = [i for i in range(len(columns)) if any(row[i] for row in rows)]
             header = (kind, *(name for name, _ in columns[1:]))
-            parts.append(_table([header[i] for i in keep], [[row[i] for i in keep] for row in rows]))
+            parts.append(layout.table([header[i] for i in keep], [[row[i] for i in keep] for row in rows]))
     reasons = wording.invalid_reasons(record)
     if reasons:
-        parts.append(_bullets("INVALID: do not quote these numbers", reasons))
+        parts.append(layout.bullets("INVALID: do not quote these numbers", reasons))
     return "\n\n".join(parts)
 
 
@@ -180,11 +199,11 @@ def doctor_text(record: Record) -> str:
         (_mark(engine), engine["name"], engine.get("version") or "not installed", engine.get("detail") or "")
         for engine in record.get("engines") or ()
     ]
-    parts = [_facts(facts)]
+    parts = [layout.facts(facts)]
     if engines:
-        parts.append(_table(("", "engine", "version", ""), engines, left=(0, 1, 2, 3)))
+        parts.append(layout.table(("", "engine", "version", ""), engines, left=(0, 1, 2, 3)))
     if record.get("advice"):
-        parts.append(_bullets("advice", record["advice"]))
+        parts.append(layout.bullets("advice", record["advice"]))
     return "\n\n".join(parts)
 
 
@@ -192,16 +211,16 @@ def devices_text(record: Record) -> str:
     """All profiles in a table, or one profile with the source of every value."""
     devices = record.get("devices") or []
     if len(devices) == 1:
-        return _facts(_profile(devices[0]))
+        return layout.facts(_profile(devices[0]))
     rows: list[tuple[str, ...]] = []
     for device in devices:
-        first, *more = _wrap(device["description"], WIDTH - 42)
+        first, *more = layout.wrap(device["description"], layout.WIDTH - 42)
         bandwidth = wording.bandwidth(device.get("memory_bandwidth_bytes_per_s"))
         rows.append(
             (device["name"], str(device["cores"]), wording.size(device["memory_bytes"]), bandwidth, first)
         )
         rows += [("", "", "", "", line) for line in more]
-    return _table(("device", "cores", "memory", "bandwidth", ""), rows, left=(0, 4))
+    return layout.table(("device", "cores", "memory", "bandwidth", ""), rows, left=(0, 4))
 
 
 def _profile(device: Record) -> list[tuple[str, str]]:
@@ -227,7 +246,7 @@ def _profile(device: Record) -> list[tuple[str, str]]:
 
 def paths_text(record: Record) -> str:
     """The files that a command wrote, one a line."""
-    return _facts([(key, str(record[key])) for key in ("html", "markdown", "json") if record.get(key)])
+    return layout.facts([(key, str(record[key])) for key in ("html", "markdown", "json") if record.get(key)])
 
 
 def _quality_summary(quality: Record) -> list[tuple[str, str]]:
@@ -243,18 +262,17 @@ def _quality_summary(quality: Record) -> list[tuple[str, str]]:
         perplexity += f", ratio {wording.interval(quality['perplexity_ratio'])}"
     kl = quality.get("kl_nats") or {}
     return [
-        ("measured on", f"{measured}, {_level(quality)}s"),
+        ("measured on", f"{measured}, {level(quality)}s"),
         ("KL divergence", f"{wording.interval(kl.get('mean'))} nats" if kl else wording.NOT_AVAILABLE),
         ("perplexity", perplexity),
     ]
 
 
-def _level(quality: Record) -> str:
-    return f"{quality['confidence'] * 100:g} % interval" if quality.get("confidence") else "interval"
-
-
 def _speed_summary(bench: Record) -> list[tuple[str, str]]:
     runs = bench.get("runs") or ()
+    predict, call = wording.headline(runs, "predict"), wording.fastest_call(runs)
+    if predict is not None or call is not None:
+        return [("latency", _latency(call)), ("throughput", _speed(predict))]
     prefill, decode = wording.headline(runs, "prefill"), wording.headline(runs, "decode")
     return [("prefill", _speed(prefill)), ("decode", _speed(decode)), ("TTFT", _ttft(prefill))]
 
@@ -262,7 +280,20 @@ def _speed_summary(bench: Record) -> list[tuple[str, str]]:
 def _speed(run: Record | None) -> str:
     if run is None:
         return wording.NOT_AVAILABLE
-    text = f"{wording.rate(run.get('tokens_per_s'))} ({wording.conditions(run)})"
+    speed = wording.speed_of(run)
+    said = wording.item_rate(speed) if run.get("kind") == "predict" else wording.rate(speed)
+    return _with_validity(f"{said} ({wording.conditions(run)})", run)
+
+
+def _latency(run: Record | None) -> str:
+    if run is None:
+        return wording.NOT_AVAILABLE
+    times = run.get("latency_s") or {}
+    parts = [f"{wording.duration(times.get(share))} {share}" for share in ("p50", "p99")]
+    return _with_validity(f"{', '.join(parts)} ({wording.conditions(run)})", run)
+
+
+def _with_validity(text: str, run: Record) -> str:
     return text if run.get("valid", True) else f"{text} INVALID: {'; '.join(run.get('reasons') or ())}"
 
 
@@ -296,7 +327,15 @@ def _memory_estimate(memory: Record) -> str:
         for name, key in (("weights", "weights_bytes"), ("KV cache, f16", "kv_cache_bytes"),
                           ("compute buffer", "compute_bytes"), ("total", "total_bytes"))
     ]  # fmt: skip
-    return _table((f"memory at {wording.count(memory.get('context'), 'token')} of context", ""), rows)
+    return layout.table((f"memory at {wording.count(memory.get('context'), 'token')} of context", ""), rows)
+
+
+def _bandwidth(bytes_per_s: float | None) -> str:
+    return (
+        wording.NOT_AVAILABLE
+        if bytes_per_s is None
+        else f"{wording.bandwidth(bytes_per_s)} read, measured here"
+    )
 
 
 def _machine(machine: Record) -> str:
@@ -326,8 +365,9 @@ def _tokenizer(tokenizer: Record) -> str:
         return wording.NOT_AVAILABLE
     name = "/".join(str(tokenizer[key]) for key in ("model", "pre") if tokenizer.get(key))
     specials = [f"{key.upper()} {tokenizer[key]}" for key in ("bos", "eos") if tokenizer.get(key) is not None]
-    template = "chat template" if tokenizer.get("chat_template") else "no chat template"
-    return ", ".join((name, wording.count(tokenizer.get("vocab_size"), "token"), *specials, template))
+    if "chat_template" in tokenizer:
+        specials.append("chat template" if tokenizer["chat_template"] else "no chat template")
+    return ", ".join((name, wording.count(tokenizer.get("vocab_size"), "token"), *specials))
 
 
 def _types(types: Record) -> str:
@@ -344,47 +384,3 @@ def _mark(engine: Record) -> str:
     if engine.get("imports"):
         return "[ok]"
     return "[!!]" if engine.get("version") else "[--]"
-
-
-def _facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Names in one column, values in the next; long values wrap under their own start."""
-    rows = [(name, _clean(value)) for name, value in pairs]
-    width = max((len(name) for name, _ in rows), default=0) + 2
-    return "\n".join(
-        f"{name:{width}}" + f"\n{'':{width}}".join(_wrap(value, WIDTH - width)) for name, value in rows
-    )
-
-
-def _clean(text: str) -> str:
-    """Control characters replaced: the name in an untrusted model must not drive the terminal."""
-    return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    """Break at spaces only: a path or a command stays whole so that it can be copied."""
-    from textwrap import wrap
-
-    lines: list[str] = []
-    for line in text.split("\n"):
-        whole = line.replace(" %", "\0%")  # a number keeps its percent sign
-        lines += wrap(whole, width, break_long_words=False, break_on_hyphens=False) or [""]
-    return [line.replace("\0", " ") for line in lines]
-
-
-def _bullets(heading: str, lines: Iterable[str]) -> str:
-    return "\n".join((heading, *("  - " + "\n    ".join(_wrap(_clean(line), WIDTH - 4)) for line in lines)))
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, left: Sequence[int] = (0,)) -> str:
-    """Columns as wide as their widest cell; those in `left` start on the left, numbers end on the right."""
-    cells = [[_clean(str(cell)) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)

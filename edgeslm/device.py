@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeslm import __version__
 from edgeslm.schema import Key, read_table, read_toml, shipped_folder, unknown_name
 
 if TYPE_CHECKING:
@@ -137,19 +136,6 @@ def describe_devices(name: str | None = None) -> dict[str, Any]:
     """Record edgeslm.devices/1: one profile, or all of them."""
     names = list_devices() if name is None else [name]
     return {"schema": "edgeslm.devices/1", "devices": [asdict(load_device(each)) for each in names]}
-
-
-def engine_versions() -> dict[str, str | None]:
-    """Versions that a result depends on, by package metadata: nothing is imported.  None: not installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions: dict[str, str | None] = {"edgeslm": __version__, "python": platform.python_version()}
-    for package in ("llama_cpp_python", "numpy", "tokenizers", "gguf", "torch", "transformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return versions
 
 
 def memory_bandwidth(

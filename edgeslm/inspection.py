@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeslm import traps
 from edgeslm.bundle import Bundle, open_bundle
 from edgeslm.errors import ModelError
 from edgeslm.footprint import (
@@ -22,32 +23,17 @@ from edgeslm.footprint import (
     shape_of_config,
     shape_of_gguf,
 )
-from edgeslm.gguf_file import GGML_TYPES, GgufFile, TensorInfo, read_gguf
+from edgeslm.gguf_file import GgufFile, TensorInfo, read_gguf
+from edgeslm.onnx_file import OnnxTensor, read_onnx
 from edgeslm.safetensors_file import SafeTensor, read_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    Tensor = TensorInfo | SafeTensor
+    Tensor = TensorInfo | SafeTensor | OnnxTensor
     Record = dict[str, Any]
 
 MAX_JSON_BYTES = 2**27
-
-FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-"""What llama-quantize writes for rows that don't fill blocks of 256 (llama-quant.cpp, tensor_type_fallback)."""
-
-# llama-vocab.cpp of the llama.cpp in llama-cpp-python 0.3.36; another name makes it refuse the model.
-PRE_TOKENIZERS = frozenset(
-    """default minicpm5 llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano
-    deepseek-llm deepseek-coder deepseek-v3 spark2_5 youtu falcon mpt starcoder gpt-2 phi-2 jina-es jina-de
-    gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert jais-2 gemma4 granite-embed-multi-311m sarvam-moe
-    jina-v1-en jina-v2-code roberta-bpe whitespace refact command-r qwen2 deepseek-r1-qwen kormo f2llmv2 qwen35
-    stablelm2 olmo dbrx smaug-bpe poro-chat chatglm-bpe glm4 glm5 viking jais tekken smollm codeshell bloom
-    gpt3-finnish exaone exaone4 exaone-moe chameleon minerva-7b megrez gpt-4o llama4 kanana2 talkie
-    granite-embed-multi-97m tiny_aya cohere2moe superbpe trillion granite-docling bailingmoe bailingmoe2
-    llada-moe seed-coder hunyuan hunyuan-dense hy_v4 joyai-llm kimi-k2 ufakzeka grok-2 afmoe laguna minimax-m2
-    solar-open mellum2""".split()  # noqa: SIM905
-)
 
 
 def inspect_model(source: str | Path, *, context: int, verify: bool) -> Record:
@@ -74,6 +60,8 @@ def inspect_model(source: str | Path, *, context: int, verify: bool) -> Record:
 
 def _inspect_bundle(bundle: Bundle, context: int, *, verified: bool) -> Record:
     """A bundle directory or a bare GGUF file."""
+    if bundle.format == "onnx":
+        return _inspect_classifier(bundle, verified=verified)
     file = read_gguf(bundle.weights)
     shape = shape_of_gguf(file)
     head = file.tensors.get("output.weight")
@@ -91,14 +79,38 @@ def _inspect_bundle(bundle: Bundle, context: int, *, verified: bool) -> Record:
         tied=None if embedding is None else head is None,
         tokenizer=tokenizer,
         context=context,
-        traps=[
-            *_row_traps(file.tensors.values()),
-            *_head_traps(embedding, head, file.path, file.path),
-            *_gguf_tokenizer_traps(file, tokenizer),
-            *_template_traps(tokenizer),
+        found=[
+            *traps.row_traps(file.tensors.values()),
+            *traps.head_traps(embedding, head, file.path, file.path),
+            *traps.gguf_tokenizer_traps(file, tokenizer),
+            *traps.template_traps(tokenizer),
         ],
         verified=True if verified and bundle.manifest is not None else None,
     )
+
+
+def _inspect_classifier(bundle: Bundle, *, verified: bool) -> Record:
+    """A bundle in the format onnx: what its manifest says, and the tensors of its file."""
+    file = read_onnx(bundle.weights)
+    model = (bundle.manifest or {}).get("model") or {}
+    facts = model.get("preprocessing")
+    facts = facts if isinstance(facts, dict) else {}
+    sizes = {"max_position_embeddings": facts.get("max_tokens"), "vocab_size": model.get("vocab_size")}
+    shape = shape_of_config(sizes)
+    tokenizer = {"model": _printable(model.get("tokenizer")) or None, "vocab_size": shape.vocab_size}
+    record = _record(
+        path=bundle.path, kind="bundle", name=_printable(bundle.name), tensors=file.tensors.values(), shape=shape,
+        architecture=_printable(model.get("architecture")) or None, file_bytes=bundle.size_bytes, tied=None,
+        tokenizer=tokenizer if tokenizer["model"] else {}, context=1, found=[], verified=verified or None,
+    )  # fmt: skip
+    labels = model.get("labels")
+    return record | {
+        "memory": None,
+        "opset": file.opset,
+        "labels": [_printable(label) for label in labels] if isinstance(labels, list) else [],
+        "preprocessing": facts,
+        "decision": (bundle.manifest or {}).get("decision"),
+    }
 
 
 def _inspect_directory(path: Path, name: str, context: int) -> Record:
@@ -125,11 +137,11 @@ def _inspect_directory(path: Path, name: str, context: int) -> Record:
         tied=tied,
         tokenizer=tokenizer,
         context=context,
-        traps=[
-            *_row_traps(tensors.values()),
-            *(_head_traps(embedding, head, embedding.path, head.path) if embedding and head else ()),
-            *_hf_tokenizer_traps(path, tokenizer),
-            *_template_traps(tokenizer),
+        found=[
+            *traps.row_traps(tensors.values()),
+            *(traps.head_traps(embedding, head, embedding.path, head.path) if embedding and head else ()),
+            *traps.hf_tokenizer_traps(path, tokenizer),
+            *traps.template_traps(tokenizer),
         ],
         verified=None,
     )
@@ -137,7 +149,7 @@ def _inspect_directory(path: Path, name: str, context: int) -> Record:
 
 def _record(
     *, path: Path, kind: str, name: str, architecture: str | None, file_bytes: int, tensors: Iterable[Tensor],
-    shape: Shape, tied: bool | None, tokenizer: Record, context: int, traps: Sequence[Record],
+    shape: Shape, tied: bool | None, tokenizer: Record, context: int, found: Sequence[Record],
     verified: bool | None,
 ) -> Record:  # fmt: skip
     tensors = list(tensors)
@@ -163,11 +175,11 @@ def _record(
         "tokenizer": tokenizer,
         "kinds": _kinds(tensors),
         "tensors": [
-            {"name": _printable(t.name), "shape": list(t.shape), "type": _type(t), "bytes": t.nbytes}
+            {"name": _printable(t.name), "shape": list(t.shape), "type": traps.type_of(t), "bytes": t.nbytes}
             for t in tensors
         ],
         "memory": _memory(shape, context, weight_bytes),
-        "traps": list(traps),
+        "traps": list(found),
         "verified": verified,
     }
 
@@ -189,8 +201,9 @@ def _kinds(tensors: Iterable[Tensor]) -> list[Record]:
     """Tensors of the same part of every layer together, in the order of their first one."""
     groups: dict[str, list[Tensor]] = {}
     for tensor in tensors:
-        kind = re.sub(r"^(.*\.)?(blk|layers|h|blocks)\.\d+\.", "", tensor.name)
-        groups.setdefault(re.sub(r"\.(weight|bias)$", "", kind), []).append(tensor)
+        kind = re.sub(r"^(.*\.)?(blk|layers?|h|blocks)\.\d+\.", "", tensor.name)
+        # What an ONNX exporter turned or joined has a number for its name.
+        groups.setdefault(re.sub(r"(\.(weight|bias)|(?<=^onnx::\w{2})\w*_\d+)$", "", kind), []).append(tensor)
     result = []
     for kind, members in groups.items():
         parameters = sum(tensor.parameters for tensor in members)
@@ -199,17 +212,13 @@ def _kinds(tensors: Iterable[Tensor]) -> list[Record]:
             {
                 "kind": _printable(kind),
                 "tensors": len(members),
-                "types": dict(Counter(map(_type, members))),
+                "types": dict(Counter(map(traps.type_of, members))),
                 "parameters": parameters,
                 "bytes": nbytes,
                 "bits_per_weight": 8 * nbytes / parameters if parameters else None,
             }
         )
     return result
-
-
-def _type(tensor: Tensor) -> str:
-    return tensor.type if isinstance(tensor, TensorInfo) else tensor.dtype
 
 
 # ------------------------------------------------------------------------------------------ facts
@@ -285,115 +294,3 @@ def _read_json(path: Path, *, missing_ok: bool = False) -> Record:
     if not isinstance(value, dict):
         raise ModelError(f"{path} does not hold a JSON object")
     return value
-
-
-# ------------------------------------------------------------------------------------------ traps
-
-
-def _trap(kind: str, text: str, hint: str) -> Record:
-    return {"kind": kind, "text": text, "hint": hint}
-
-
-def _row_traps(tensors: Iterable[Tensor]) -> list[Record]:
-    """Matrices whose rows fill no blocks of 256 values, or not even blocks of 32."""
-    matrices = [
-        tensor
-        for tensor in tensors
-        if len(tensor.shape) > 1 and tensor.name.endswith("weight") and "norm" not in tensor.name
-    ]
-    traps = []
-    uneven = [tensor for tensor in matrices if tensor.shape[-1] % 256 and tensor.shape[-1] % 32 == 0]
-    if uneven:
-        costs = ", ".join(
-            f"{wanted} becomes {got} ({GGML_TYPES[got].bits:g} bits for {GGML_TYPES[wanted].bits:.3g})"
-            for wanted, got in FALLBACKS.items()
-        )
-        text = (
-            f"{len(uneven)} of {len(matrices)} matrices have rows of {_lengths(uneven)} values, which don't "
-            f"fill the blocks of 256 of a K-quant: {costs}{_stored(uneven)}"
-        )
-        traps.append(_trap("rows", text, "choose blocks of 32: IQ4_NL, Q4_0, Q5_0 or Q8_0"))
-    ragged = [tensor for tensor in matrices if tensor.shape[-1] % 32]
-    if ragged:
-        text = (
-            f"{len(ragged)} of {len(matrices)} matrices have rows of {_lengths(ragged)} values, which fill "
-            "no blocks of 32 either: they stay F16 (16 bits)"
-        )
-        traps.append(_trap("rows", text, "choose a model whose widths are multiples of 32, better of 256"))
-    return traps
-
-
-def _lengths(tensors: Sequence[Tensor]) -> str:
-    lengths = sorted({tensor.shape[-1] for tensor in tensors})
-    return ", ".join(map(str, lengths[:4])) + (" ..." if len(lengths) > 4 else "")
-
-
-def _stored(tensors: Sequence[Tensor]) -> str:
-    """What quantized matrices are stored as already."""
-    types = Counter(_type(tensor) for tensor in tensors)
-    if all(name in ("F32", "F16", "BF16", "F64") or name not in GGML_TYPES for name in types):
-        return ""
-    return "; here they are " + ", ".join(f"{name} ({number})" for name, number in types.most_common())
-
-
-def _head_traps(
-    embedding: Tensor | None, head: Tensor | None, embedding_path: Path, head_path: Path
-) -> list[Record]:
-    """An output head that repeats the embedding byte by byte."""
-    if embedding is None or head is None:
-        return []
-    if (embedding.shape, _type(embedding)) != (head.shape, _type(head)):
-        return []
-    if not _same_bytes(embedding_path, embedding.offset, head_path, head.offset, head.nbytes):
-        return []
-    text = (
-        f"{head.name} is a copy of {embedding.name}: {head.parameters:,} parameters and "
-        f"{head.nbytes:,} bytes are there twice"
-    )
-    hint = f"leave {head.name} out: the engine then uses {embedding.name} for both"
-    return [_trap("tied_head", text, hint)]
-
-
-def _same_bytes(one: Path, one_offset: int, other: Path, other_offset: int, nbytes: int) -> bool:
-    with one.open("rb") as first, other.open("rb") as second:
-        first.seek(one_offset)
-        second.seek(other_offset)
-        while nbytes > 0:
-            part = first.read(min(nbytes, 2**20))
-            if not part or part != second.read(len(part)):
-                return False
-            nbytes -= len(part)
-    return True
-
-
-def _template_traps(tokenizer: Record) -> list[Record]:
-    if tokenizer["chat_template"] or tokenizer["model"] is None:
-        return []
-    return [
-        _trap(
-            "chat_template",
-            "no chat template: chat can't mark whose turn it is",
-            "use the instruction-tuned model, or add chat_template to tokenizer_config.json and convert again",
-        )
-    ]
-
-
-def _gguf_tokenizer_traps(file: GgufFile, tokenizer: Record) -> list[Record]:
-    again = "convert the model again from its Hugging Face directory"
-    if not isinstance(file.get("tokenizer.ggml.tokens"), list):
-        return [_trap("tokenizer", "no tokenizer: text can't be turned into tokens", again)]
-    pre = tokenizer["pre"]
-    if tokenizer["model"] != "gpt2" or pre in PRE_TOKENIZERS:
-        return []
-    if pre is None:
-        text = "no tokenizer.ggml.pre: llama.cpp splits text by a default rule, and answers get worse"
-        return [_trap("tokenizer_pre", text, again)]
-    text = f"tokenizer.ggml.pre is {pre!r}, which llama.cpp does not know: it refuses the model"
-    return [_trap("tokenizer_pre", text, f"use a newer llama-cpp-python, or {again}")]
-
-
-def _hf_tokenizer_traps(path: Path, tokenizer: Record) -> list[Record]:
-    if tokenizer["model"] is not None:
-        return []
-    text = f"no tokenizer: {path} has neither tokenizer.json nor tokenizer.model"
-    return [_trap("tokenizer", text, "copy the tokenizer's files there, or save it with save_pretrained")]

@@ -11,7 +11,7 @@ from edgeslm.bundle import Bundle, open_bundle
 from edgeslm.errors import DataError
 from edgeslm.footprint import compute_buffer_bytes, kv_cache_bytes, shape_of_gguf
 from edgeslm.gguf_file import read_gguf
-from edgeslm.recipe import QuantizeSpec
+from edgeslm.specs import QuantizeSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -81,12 +81,26 @@ def artifact_chat(runner: Runner, messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def render_messages(template: str, messages: Sequence[Mapping[str, str]], bos: str, eos: str) -> str:
+    return render_turns(template, messages, bos, eos, False)
+
+
+def render_turns(
+    template: str, messages: Sequence[Mapping[str, str]], bos: str, eos: str, add_generation_prompt: bool
+) -> str:
+    """A conversation as the chat template has it, on a day that does not change."""
     from edgeslm.runtime.template import render_chat
 
-    return render_chat(template, messages, bos, eos, add_generation_prompt=False, now=lambda: TEMPLATE_DATE)
+    return render_chat(
+        template, messages, bos, eos, add_generation_prompt=add_generation_prompt, now=lambda: TEMPLATE_DATE
+    )
 
 
 def identity(bundle: Bundle) -> dict[str, Any]:
+    """What a record calls the artifact that it is about."""
+    if bundle.format == "onnx":
+        from edgeslm.bench.classify_bench import describe_classifier
+
+        return describe_classifier(bundle)
     tensors = read_gguf(bundle.weights).tensors.values()
     return {
         "name": bundle.name,

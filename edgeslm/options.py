@@ -1,16 +1,63 @@
-"""Options that several commands share, and how their values are read."""
+"""Options that several commands share, how their values are read, and how a record is printed."""
 
 from __future__ import annotations
 
+import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from edgeslm.progress import Progress
 
 ARTIFACT = click.Path(path_type=Path)
+
+
+def progress_for(as_json: bool) -> Progress:
+    from edgeslm.progress import Quiet, for_terminal
+
+    return Quiet() if as_json else for_terminal()
+
+
+def emit(record: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str, Any]], str]) -> None:
+    """Print a record: as JSON for machines or as text for people."""
+    click.echo(json.dumps(record, ensure_ascii=False, allow_nan=False) if as_json else render(record))
+
+
+def save(record: Mapping[str, Any], out: Path | None) -> None:
+    """Write a record to the file that --out names."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(
+            json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
+
+
+class LazyCommand(click.Command):
+    """A command whose module loads when it is used, not when it is listed."""
+
+    def __init__(self, name: str, module: str, short_help: str) -> None:
+        super().__init__(name, short_help=short_help)
+        self.module = module
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        return self.load().make_context(info_name, args, parent, **extra)
+
+    def load(self) -> click.Command:
+        """The command itself."""
+        command: click.Command = getattr(import_module(self.module), str(self.name))
+        return command
+
+
+def processes_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How many processes a launcher (accelerate launch, torchrun) started, as it says in the environment."""
+    return click.option("--processes", envvar="WORLD_SIZE", type=int, default=1, hidden=True)(function)
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,6 +117,18 @@ def split_numbers(_context: click.Context, _parameter: click.Parameter, value: s
     if any(number < 1 for number in numbers):
         raise click.BadParameter(f"{value!r} is not a list of whole numbers from 1 up, such as 1,2,4")
     return numbers
+
+
+def split_rates(
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, float]:
+    """('failure=0.01', ...) as a mapping; the last '=' divides."""
+    try:
+        return {
+            name: float(number) for name, _, number in (value.rpartition("=") for value in values) if name
+        }
+    except ValueError:
+        raise click.BadParameter(f"{', '.join(values)!r} is not CLASS=NUMBER, such as failure=0.01") from None
 
 
 def split_types(

@@ -19,6 +19,8 @@ BOUNDS = {
     "max_kl_nats": "mean KL divergence",
     "min_top1_agreement": "top-1 agreement",
     "max_perplexity_ratio": "perplexity ratio",
+    "min_accuracy": "accuracy",
+    "min_macro_f1": "macro F1",
     "max_file_bytes": "file size",
     "min_decode_tokens_per_s": "decode speed",
     "max_peak_rss_bytes": "peak RSS",
@@ -80,6 +82,11 @@ def rate(tokens_per_s: float | None) -> str:
     if tokens_per_s is None:
         return NOT_AVAILABLE
     return f"{rate_number(tokens_per_s)} tokens/s"
+
+
+def item_rate(items_per_s: float | None) -> str:
+    """Examples a second: '89.0 examples/s'."""
+    return NOT_AVAILABLE if items_per_s is None else f"{rate_number(items_per_s)} examples/s"
 
 
 def rate_number(tokens_per_s: float | None) -> str:
@@ -150,13 +157,30 @@ def stages(done: Iterable[Mapping[str, Any]]) -> str:
 
 def headline(runs: Iterable[Mapping[str, Any]], kind: str) -> Mapping[str, Any] | None:
     """The run of a kind to quote first: valid before invalid, then the longest, then the fastest."""
-    known = [run for run in runs if run.get("kind") == kind and run.get("tokens_per_s") is not None]
-    order = ("valid", "tokens", "tokens_per_s")
+    known = [run for run in runs if run.get("kind") == kind and speed_of(run) is not None]
+    order = ("valid", "tokens", "tokens_per_s", "items_per_s")
     return max(known, key=lambda run: [run.get(key) or 0 for key in order], default=None)
 
 
+def fastest_call(runs: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Of a classifier's runs the one whose latency to quote: valid before invalid, then the smallest batch."""
+    known = [run for run in runs if run.get("kind") == "predict" and run.get("latency_s")]
+    return min(known, key=lambda run: (not run.get("valid", True), run.get("batch") or 0), default=None)
+
+
+def speed_of(run: Mapping[str, Any]) -> float | None:
+    """Tokens or examples a second."""
+    value: float | None = run.get("tokens_per_s" if run.get("kind") != "predict" else "items_per_s")
+    return value
+
+
 def conditions(run: Mapping[str, Any]) -> str:
-    """'512 tokens, 2 threads'."""
+    """'512 tokens, 2 threads'; of a classifier 'batch of 8, 128 tokens, 2 threads'."""
+    if run.get("kind") == "predict":
+        sizes = [
+            count(run[key], noun) for key, noun in (("tokens", "token"), ("rows", "row")) if run.get(key)
+        ]
+        return ", ".join((f"batch of {count(run.get('batch'))}", *sizes, count(run.get("threads"), "thread")))
     if run.get("tokens") is None:
         return NOT_AVAILABLE
     return f"{count(run.get('tokens'), 'token')}, {count(run.get('threads'), 'thread')}"
@@ -185,8 +209,9 @@ def cores(machine: Mapping[str, Any]) -> str:
 
 def spread(run: Mapping[str, Any]) -> str:
     """Standard deviation of a benchmark run's repetitions, as percent of its rate."""
-    tokens_per_s, deviation = run.get("tokens_per_s"), run.get("tokens_per_s_stdev")
-    return percent(deviation / tokens_per_s) if tokens_per_s and deviation is not None else NOT_AVAILABLE
+    unit = "items_per_s" if run.get("kind") == "predict" else "tokens_per_s"
+    speed, deviation = run.get(unit), run.get(f"{unit}_stdev")
+    return percent(deviation / speed) if speed and deviation is not None else NOT_AVAILABLE
 
 
 def bits(group: Mapping[str, Any]) -> str:
@@ -203,7 +228,7 @@ def bound_value(bound: str, value: float | None, digits: int = 3) -> str:
         return f"{significant(value / 2**20, digits)} MiB"
     if bound.endswith("_tokens_per_s"):
         return f"{significant(value, digits)} tokens/s"
-    if bound.endswith("_agreement"):
+    if bound.endswith(("_agreement", "_accuracy")):
         return f"{significant(value * 100, digits)} %"
     return significant(value, digits) + (" nats" if bound.endswith("_nats") else "")
 
@@ -266,6 +291,18 @@ RUN_COLUMNS = {
         ("p99", _time("tpot_s", "p99")),
         ("ceiling", lambda run: rate_number(run.get("ceiling_tokens_per_s"))),
         ("reached", lambda run: percent(run.get("ceiling_fraction"), 0)),
+        ("validity", lambda run: "INVALID" if run.get("valid") is False else ""),
+    ),
+    "predict": (
+        ("batch", lambda run: count(run.get("batch"))),
+        ("tokens", lambda run: count(run["tokens"]) if run.get("tokens") else ""),
+        ("rows", lambda run: count(run["rows"]) if run.get("rows") else ""),
+        ("threads", lambda run: count(run.get("threads"))),
+        ("examples/s", lambda run: rate_number(run.get("items_per_s"))),
+        ("spread", spread),
+        ("latency p50", _time("latency_s", "p50")),
+        ("p95", _time("latency_s", "p95")),
+        ("p99", _time("latency_s", "p99")),
         ("validity", lambda run: "INVALID" if run.get("valid") is False else ""),
     ),
 }

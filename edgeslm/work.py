@@ -18,15 +18,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from glob import escape
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeslm.atomic import assembling, flush
 from edgeslm.bundle import file_sha256
 from edgeslm.errors import EdgeslmError
+from edgeslm.progress import Quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
     from edgeslm.progress import Progress
 
@@ -35,11 +36,16 @@ STAGE_FILE = "stage.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """An open work directory.  stages: what was run or skipped so far, as a build's result lists it."""
+    """An open work directory.
+
+    stages: what was run or skipped so far, as a build's result lists it.  team: the processes of one
+    build; None: this one alone.
+    """
 
     path: Path
     force: frozenset[str]
     progress: Progress
+    team: Team | None = None
     clock: Callable[[], float] = time.monotonic
     stages: list[dict[str, Any]] = field(default_factory=list)
 
@@ -49,24 +55,76 @@ class Work:
         inputs: everything that can change the result's bytes, as JSON values.  produce: fills the
         directory that it is given.  An earlier result counts only while every file has its hash.
         """
+        return self._stage(name, inputs, lambda beside, _kept: produce(beside), together=False)
+
+    def long_stage(self, name: str, inputs: Mapping[str, Any], produce: Callable[[Path, Path], None]) -> Path:
+        """As `stage`, for training: all processes of the team take part, and a kill loses little.
+
+        produce: is given a second directory too, which the next try finds again after a kill.
+        """
+        return self._stage(name, inputs, produce, together=True)
+
+    def _stage(
+        self, name: str, inputs: Mapping[str, Any], produce: Callable[[Path, Path], None], *, together: bool
+    ) -> Path:
         key = hashlib.sha256(json.dumps([name, inputs], sort_keys=True).encode()).hexdigest()
         final = self.path / f"{name}-{key[:16]}"
+        kept = self.path / f"{name}-{key[:16]}.progress"
+        if self.team is not None and not self.writes:
+            self._follow(self.team, kept, produce)
+            return final
         start = self.clock()
         skipped = name not in self.force and _is_whole(final, key)
         if skipped:
             self.progress.note(f"{name}: skipped, its result is there")
-        else:
+        if self.team is not None and (skipped or not together):
+            self.team.share(None)
+        if not skipped:
             self.progress.note(f"{name} ...")
             self.log("started", stage=name, key=key)
             try:
-                self._run(name, key, inputs, produce, final)
+                self._run(
+                    name, key, inputs, lambda beside: self._lead(beside, kept, produce, together), final
+                )
             except BaseException as error:
                 self.log("failed", stage=name, key=key, error=f"{type(error).__name__}: {error}")
                 raise
+            shutil.rmtree(kept, ignore_errors=True)
+        if self.team is not None:
+            self.team.wait()
         seconds = self.clock() - start
         self.stages.append({"name": name, "key": key, "skipped": skipped, "seconds": seconds})
         self.log("skipped" if skipped else "finished", stage=name, key=key, seconds=seconds)
         return final
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that makes the result."""
+        return self.team is None or self.team.is_main
+
+    def scratch(self, name: str) -> Path:
+        """A new directory for this process; the next build in the same place removes it."""
+        path = self.path / f".{name}-{os.getpid()}.part"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def _lead(self, beside: Path, kept: Path, produce: Callable[[Path, Path], None], together: bool) -> None:
+        """Fill the directory; where all take part the others are told of it, and are done with it at the end."""
+        if self.team is not None and together:
+            self.team.share(str(beside))
+        produce(beside, kept)
+        if self.team is not None and together:
+            self.team.wait()
+
+    @staticmethod
+    def _follow(team: Team, kept: Path, produce: Callable[[Path, Path], None]) -> None:
+        """The part of a process that is not the main one: it computes too, and leaves the writing to that."""
+        shared = team.share(None)
+        if shared is not None:
+            produce(Path(shared), kept)
+            team.wait()
+        team.wait()
 
     def log(self, event: str, **facts: Any) -> None:
         """Append one line to the run log."""
@@ -79,20 +137,38 @@ class Work:
     ) -> None:
         with assembling(final) as beside:
             produce(beside)
-            hashes = {path.name: file_sha256(path) for path in sorted(beside.iterdir())}
+            files = sorted(path for path in beside.rglob("*") if path.is_file())
+            hashes = {path.relative_to(beside).as_posix(): file_sha256(path) for path in files}
             record = {"stage": name, "key": key, "inputs": inputs, "files": hashes}
             text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False)
             (beside / STAGE_FILE).write_text(text + "\n", encoding="utf-8")
-            for path in beside.iterdir():
+            for path in (*files, beside / STAGE_FILE):
                 flush(path)
 
 
+class Team(Protocol):
+    """The processes that run one build together, as `accelerate launch` starts them."""
+
+    is_main: bool
+
+    def share(self, value: Any) -> Any:
+        """The main process's value, in every process."""
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+
+
 @contextmanager
-def open_work(path: Path, force: frozenset[str], progress: Progress) -> Iterator[Work]:
+def open_work(
+    path: Path, force: frozenset[str], progress: Progress, team: Team | None = None
+) -> Iterator[Work]:
     """A work directory for one build at a time; what a killed build left is removed."""
     import fcntl
 
     path.mkdir(parents=True, exist_ok=True)
+    if team is not None and not team.is_main:
+        yield Work(path=path, force=force, progress=Quiet(), team=team)
+        return
     with (path / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,7 +178,9 @@ def open_work(path: Path, force: frozenset[str], progress: Progress) -> Iterator
             ) from None
         for left in (*path.glob(".*.tmp-*"), *path.glob(".*.part")):
             shutil.rmtree(left, ignore_errors=True)
-        yield Work(path=path, force=force, progress=progress)
+        yield Work(path=path, force=force, progress=progress, team=team)
+        for left in path.glob(".*.part"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
@@ -120,6 +198,12 @@ def scratch_beside(out: Path) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON record that a stage wrote."""
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
 
 
 def _is_whole(directory: Path, key: str) -> bool:

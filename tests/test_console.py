@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeslm import console
-from tests import records
+from tests import learned_records, records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -82,6 +82,20 @@ TEXTS: dict[str, tuple[Callable[[Mapping[str, Any]], str], dict[str, Any]]] = {
     "doctor": (console.doctor_text, DOCTOR),
     "devices": (console.devices_text, {"devices": DEVICES}),
     "device": (console.devices_text, {"devices": DEVICES[:1]}),
+    "build of a classifier": (console.build_text, learned_records.build()),
+    "build of a cut model": (console.build_text, learned_records.language_build()),
+    "build of sensors": (
+        console.build_text,
+        learned_records.build(quality=learned_records.deployed_quality(), data=learned_records.sensor_data()),
+    ),
+    "classifier": (console.quality_text, learned_records.task_quality()),
+    "grades": (
+        console.quality_text,
+        learned_records.task_quality(classes=learned_records.GRADES, skill=1.5, ordinal=True),
+    ),
+    "deployed": (console.quality_text, learned_records.deployed_quality()),
+    "latency": (console.bench_text, learned_records.bench()),
+    "checkpoint": (console.checkpoint_text, learned_records.checkpoint()),
     "paths": (
         console.paths_text,
         {"html": "report/report.html", "markdown": None, "json": "report/report.json"},
@@ -132,6 +146,40 @@ def test_build_without_measurements() -> None:
     text = console.build_text(records.build(quality=None, bench=None))
     assert "quality          not measured" in text
     assert "decode           n/a" in text
+
+
+def test_build_of_a_classifier_says_what_a_reader_wants() -> None:
+    text = console.build_text(learned_records.build())
+    for said in (
+        "5,290 examples (3,643 ham, 1,647 spam), 1,204,113 tokens", "8,112 emails, 930 addresses, 411 phones",
+        "12 held-out examples are among the training examples too", "900 held-out examples, 95 % intervals",
+        "2.44 ms p50, 3.41 ms p99 (batch of 1, 256 tokens, 2 threads)",
+        "590 examples/s (batch of 32, 256 tokens, 2 threads)", "240 steps, 3.00 epochs, stopped early",
+        "under min_accuracy = 99.9 %",
+    ):  # fmt: skip
+        assert said in " ".join(text.split())
+    assert "prefill" not in text
+    assert "KL divergence" not in text
+
+
+def test_build_of_a_cut_model_tells_each_stage_in_order() -> None:
+    text = " ".join(console.build_text(learned_records.language_build()).split())
+    told = [
+        "220 examples, 71 documents, 112,640 tokens, 87 % of them counted", "tokens of the vocabulary 49,152",
+        "layers 30 -> 24; MLP width 1,536 -> 1,280", "fine-tuning 240 steps", "distilling 110 steps",
+        "perplexity 15.03 -> 9.910", "KL divergence",
+    ]  # fmt: skip
+    places = [text.index(said) for said in told]
+    assert places == sorted(places)
+
+
+def test_a_classifier_s_quality_names_rates_and_thresholds() -> None:
+    text = console.quality_text(learned_records.deployed_quality())
+    assert "failure 1.0 %, normal 99.0 % (in training 20.0 %, 80.0 %)" in text
+    assert "failure from a probability of 4.8 % on" in text
+    grades = console.quality_text(learned_records.task_quality(classes=learned_records.GRADES, ordinal=True))
+    assert "quadratic weighted kappa" in grades
+    assert "4 very good" in grades
 
 
 def test_quantize_says_fallbacks_aloud() -> None:
@@ -200,10 +248,13 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal() -> None:
         assert "\r" not in shown
 
 
+DRAWN_ELSEWHERE = ("quantize", "inspect", "doctor", "devices", "device", "paths")
+
+
 @given(st.data())
 def test_any_measured_value_may_be_null(data: st.DataObject) -> None:
     """Whatever could not be read is left out or n/a, never an exception and never 'None'."""
-    name = data.draw(st.sampled_from(["build", "quality", "bench", "invalid bench"]))
+    name = data.draw(st.sampled_from([name for name in TEXTS if name not in DRAWN_ELSEWHERE]))
     show, record = TEXTS[name]
     record = copy.deepcopy(record)
     for _ in range(data.draw(st.integers(1, 6))):
@@ -211,7 +262,7 @@ def test_any_measured_value_may_be_null(data: st.DataObject) -> None:
         while isinstance(where, dict) and where:
             key = data.draw(st.sampled_from(sorted(where)))
             if not isinstance(where[key], dict) or data.draw(st.booleans()):
-                if key not in ("bundle", "stages", "kind", "passed"):
+                if key not in ("bundle", "stages", "kind", "passed", "path"):
                     where[key] = None
                 break
             where = where[key]

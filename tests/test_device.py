@@ -6,13 +6,11 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 
 from edgeslm import device as module
 from edgeslm.device import (
     describe_devices,
-    engine_versions,
     list_devices,
     load_device,
     memory_bandwidth,
@@ -291,13 +289,6 @@ def test_this_machine() -> None:
     assert set(found) == KEYS
     assert found["logical_cores"] >= found["usable_cores"] >= 1
     assert found["memory_bytes"] >= found["memory_available_bytes"] > 0
-
-
-def test_engine_versions_import_nothing() -> None:
-    versions = engine_versions()
-    assert versions["numpy"] == np.__version__
-    assert versions["edgeslm"]
-    assert {"python", "llama_cpp_python", "gguf", "torch", "transformers", "tokenizers"} <= set(versions)
 
 
 def test_memory_bandwidth_is_bytes_over_the_best_pass(server: Path) -> None:

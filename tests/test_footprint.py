@@ -102,7 +102,7 @@ def test_other_shapes_as_llama_cpp_reports(sizes: dict[str, int], tmp_path: Path
 def test_every_family_as_llama_cpp_reports(family: str, tmp_path: Path) -> None:
     """From config.json and from the exported file alike; with windows where the family has them."""
     pytest.importorskip("torch")
-    from edgeslm.recipe import QuantizeSpec
+    from edgeslm.specs import QuantizeSpec
     from edgeslm.stages import export_gguf
     from edgeslm.stages.checkpoint import resolve
     from tests.models import write_hf_model

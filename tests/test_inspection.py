@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgeslm import console
 from edgeslm.bundle import write_bundle
 from edgeslm.errors import BundleError, EdgeslmError, ModelError
 from edgeslm.gguf_file import GGML_TYPES, read_gguf
-from edgeslm.inspection import FALLBACKS, PRE_TOKENIZERS, inspect_model
+from edgeslm.inspection import inspect_model
+from edgeslm.traps import FALLBACKS, PRE_TOKENIZERS
+from tests import onnx_models
 from tests.conftest import write_tiny_gguf
 from tests.test_gguf_file import array, container, field, tensor
 
@@ -131,7 +134,7 @@ def test_bundle(bundle: Path, tiny_gguf: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2", "phi3"])
 def test_directory_and_its_export_say_the_same(family: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from edgeslm.recipe import QuantizeSpec
+    from edgeslm.specs import QuantizeSpec
     from edgeslm.stages import export_gguf
     from edgeslm.stages.checkpoint import resolve
     from tests.models import write_hf_model
@@ -180,6 +183,40 @@ ARRAYS = {
     "model.layers.0.self_attn.q_proj.bias": np.zeros(64, np.float16),
     "model.norm.weight": np.zeros(64, np.float16),
 }
+
+
+def test_classifier_bundle(tmp_path: Path) -> None:
+    """Facts out of the manifest, tensors out of the file: neither an engine nor the onnx package is asked."""
+    bundle = onnx_models.write_classifier(tmp_path / "b", decision=None)
+    record = inspect_model(bundle.path, context=64, verify=True)
+    assert (record["kind"], record["architecture"], record["opset"]) == ("bundle", "hand", 17)
+    assert record["labels"] == list(onnx_models.LABELS)
+    assert record["parameters"] == 68 + 2
+    assert record["weight_bytes"] == 4 * 68 + 2 * 8
+    assert record["context_length"] == 6
+    assert record["verified"] is True
+    assert record["memory"] is None
+    assert {kind["kind"]: kind["types"] for kind in record["kinds"]} == {
+        "embedding": {"F32": 1}, "head": {"F32": 1}, "bias": {"F32": 1}, "one": {"I64": 1}, "two": {"I64": 1},
+    }  # fmt: skip
+    text = console.inspect_text(record)
+    assert "classes          ham, spam, other" in text
+    assert "reads            texts up to 6 tokens" in text
+    assert "chat" not in text
+    sensors = inspect_model(
+        onnx_models.write_classifier(tmp_path / "s", "sensors").path, context=1, verify=False
+    )
+    assert "windows of 4 rows, 3 channels" in console.inspect_text(sensors)
+
+
+def test_classifier_with_a_manifest_of_wrong_kinds(tmp_path: Path) -> None:
+    bundle = onnx_models.write_classifier(
+        tmp_path / "b", model={"labels": 7, "preprocessing": [1], "architecture": ["x"], "vocab_size": "many"}
+    )
+    record = inspect_model(bundle.path, context=64, verify=False)
+    assert record["labels"] == []
+    assert record["architecture"] is record["context_length"] is None
+    assert "None" not in console.inspect_text(record)
 
 
 def test_directory_without_torch(tmp_path: Path) -> None:

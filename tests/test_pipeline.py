@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
+from edgeslm import gate as gate_module
 from edgeslm import measuring, pipeline
 from edgeslm.bundle import open_bundle
 from edgeslm.errors import BundleError, EdgeslmError, EngineError, GateError, ModelError, RecipeError
 from edgeslm.gguf_file import read_gguf
 from edgeslm.progress import Quiet
-from edgeslm.recipe import GateSpec, load_recipe
+from edgeslm.recipe import load_recipe
+from edgeslm.specs import GateSpec
 from tests import records
 
 ALL = ["calibrate", "quantize", "evaluate", "bench"]
@@ -347,6 +349,7 @@ from pathlib import Path
 import pytest
 from edgeslm import pipeline
 from edgeslm.recipe import load_recipe
+from edgeslm.specs import GateSpec
 from tests.test_pipeline import Fakes
 
 class Killer(Fakes):
@@ -400,7 +403,7 @@ def test_a_killed_build_goes_on_where_it_stopped(folder: Path, fakes: Fakes, nam
     ],
 )
 def test_the_gate_judges_point_estimates(gate: dict[str, Any], misses: list[Any] | None) -> None:
-    verdict = pipeline.judge(GateSpec(**gate), 1000, records.quality(), records.bench())
+    verdict = gate_module.judge(GateSpec(**gate), 1000, records.quality(), records.bench())
     if misses is None:
         assert verdict is None
         return
@@ -413,7 +416,7 @@ def test_the_gate_judges_point_estimates(gate: dict[str, Any], misses: list[Any]
 
 
 def test_what_was_not_measured_misses_its_bound() -> None:
-    verdict = pipeline.judge(GateSpec(max_kl_nats=1.0, min_decode_tokens_per_s=1.0), 1000, None, None)
+    verdict = gate_module.judge(GateSpec(max_kl_nats=1.0, min_decode_tokens_per_s=1.0), 1000, None, None)
     assert verdict == {
         "passed": False,
         "misses": [
@@ -427,10 +430,10 @@ def test_a_missed_gate_keeps_the_bundle_and_raises(folder: Path, fakes: Fakes) -
     change(folder, "max_kl_nats = 0.2", "max_kl_nats = 0.01")
     result = build(folder)
     with pytest.raises(GateError, match=r"mean KL divergence 0\.0817 nats"):
-        pipeline.raise_for_gate(result)
+        gate_module.raise_for_gate(result)
     open_bundle(folder / "out", verify=True)
     change(folder, "max_kl_nats = 0.01", "max_kl_nats = 0.1")
-    pipeline.raise_for_gate(build(folder))
+    gate_module.raise_for_gate(build(folder))
 
 
 # --- with the real stages ---

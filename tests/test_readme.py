@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from edgeslm.cli import cli
+from edgeslm.options import LazyCommand
 from edgeslm.recipe import load_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import click
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,8 +29,13 @@ def command_lines(text: str) -> Iterator[list[str]]:
             yield shlex.split(match.group(1), comments=True)
 
 
+def command_of(name: str) -> click.Command:
+    command = cli.commands[name]
+    return command.load() if isinstance(command, LazyCommand) else command
+
+
 def help_examples() -> str:
-    return "\n".join(command.help or "" for command in cli.commands.values())
+    return "\n".join(command_of(name).help or "" for name in cli.commands)
 
 
 LINES = [
@@ -38,7 +46,7 @@ LINES = [
 
 @pytest.mark.parametrize("line", LINES, ids=" ".join)
 def test_commands_and_options_exist(line: list[str]) -> None:
-    command = cli.commands[line[1]]
+    command = command_of(line[1])
     known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     for word in line[2:]:
         if re.match(r"--?[a-z]", word):

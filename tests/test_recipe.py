@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TOP = 'name = "r"\ntask = "causal-lm"\nmodel = "org/model"\n'
+TRAINED = TOP + "[data]\ntrain = 'x'\n"
+CLASSES = TRAINED.replace("causal-lm", "text-classification")
+SENSORS = 'name = "r"\ntask = "sensor-classification"\n'
 WHOLE = """
 name = "smollm2-135m-chat-rpi5"
 task = "causal-lm"
@@ -100,14 +103,35 @@ def test_defaults_and_frozen(tmp_path: Path) -> None:
         (TOP + 'modle = "x"', ["'modle'", "did you mean 'model'?"]),
         (TOP + "Seed = 3", ["'Seed'", "did you mean 'seed'?"]),
         ('name = "r"\ntask = "causal-lm"', ["'model' is missing"]),
-        (TOP.replace("causal-lm", "text-classification"), ["task", "'text-classification'", "causal-lm"]),
+        (TOP.replace("causal-lm", "translation"), ["task", "'translation'", "causal-lm, text-classification"]),
         (TOP.replace('"r"', '"a/b"'), ["name", "'a/b'"]),
         (TOP.replace('"r"', '""'), ["name", "''"]),
         (TOP + "seed = -1", ["seed = -1", "from 0 to 4294967295"]),
         (TOP + "seed = 1.5", ["seed = 1.5", "whole number"]),
-        (TOP + "[finetune]\nepochs = 1", ["[finetune]", "known: data, calibrate, quantize"]),
-        (TOP + "[prune]", ["[prune]", "evaluate, gate, bench"]),
-        (TOP + "[distill]", ["[distill]"]),
+        (TOP + "[finetune]\nepochs = 1", ["[finetune]", "'epochs'", "train"]),
+        (TOP + "[finetun]", ["[finetun]", "did you mean 'finetune'?", "evaluate, gate, bench"]),
+        (TOP + "[finetune]", ["[finetune]", "nothing to learn from", "train in [data]"]),
+        (TOP + "[distill]", ["[distill]", "nothing to learn from"]),
+        (TOP + "[prune]", ["[prune]", "importance", "calibration"]),
+        (TOP + "[finetune.train]\nepoch = 1", ["[finetune.train]", "'epoch'", "did you mean 'epochs'?"]),
+        (TOP + "[finetune]\ntrain = 1", ["[finetune] train = 1", "is a table with the keys epochs"]),
+        (TOP + "[finetune.train]\nlearning_rate = 0", ["[finetune.train] learning_rate = 0"]),
+        (TRAINED + "[finetune]\nmethod = 'qlora'", ["method = 'qlora'", "full, lora, dora, head-only"]),
+        (TRAINED + "[finetune]\nmethod = 'head-only'", ["method = 'head-only'", "text classifier"]),
+        (TRAINED + "[finetune.train]\nmicro_batch = 9", ["micro_batch = 9", "batch_size = 8"]),
+        (TRAINED + "[finetune.train]\npatience = 2", ["patience = 2", "held-out examples"]),
+        (TRAINED + "[distill]", ["teach the model to be itself", "[prune]"]),
+        (TRAINED + "[distill.student]\nkind = 'gru'", ["kind = 'gru'", "does not generate text"]),
+        (TRAINED + "[decide.costs]\nspam = 2", ["[decide]", "no meaning", "causal-lm"]),
+        (TRAINED + "[simulate]", ["[simulate]", "no meaning", "sensor-classification"]),
+        (CLASSES + "[gate]\nmax_kl_nats = 1", ["max_kl_nats = 1", "belongs to causal-lm"]),
+        (CLASSES + "[quantize]\nscheme = 'F32'", ["format = 'gguf'", "'onnx'"]),
+        (CLASSES + "[quantize]\nformat = 'onnx'", ["scheme = 'Q4_K_M'", "F32"]),
+        (CLASSES + "[decide.prior]\nspam = 2", ["[decide.prior] spam = 2"]),
+        (CLASSES + "[columns]\nordinal = true", ["ordinal = true", "labels = "]),
+        (CLASSES + "[distill]\nmode = 'sequence'\n[distill.student]\nkind = 'gru'", ["mode = 'sequence'"]),
+        (SENSORS + "[windows]\nrows = 8\nstride = 9", ["stride = 9", "rows = 8"]),
+        (SENSORS + "[simulate]\n[data]\ntrain = 'x'", ["[simulate] makes the data", "keep one"]),
         (TOP + "[quantise]", ["[quantise]", "did you mean 'quantize'?"]),
         (TOP + "data = 3", ["data = 3", "calibration, heldout, heldout_every"]),
         (TOP + "[[data]]\nheldout = 'x'", ["data = ", "is a table"]),
@@ -126,7 +150,8 @@ def test_defaults_and_frozen(tmp_path: Path) -> None:
         (TOP + "[quantize]\ntpyes = 1", ["'tpyes'", "did you mean 'types'?"]),
         (TOP + "[quantize]\nscheme = 'Q4_KM'", ["scheme = 'Q4_KM'", "did you mean 'Q4_K_M'?", "IQ4_NL"]),
         (TOP + "[quantize]\nscheme = 'q4_k_m'", ["did you mean 'Q4_K_M'?"]),
-        (TOP + "[quantize]\nformat = 'onnx'", ["format = 'onnx'", "gguf"]),
+        (TOP + "[quantize]\nformat = 'onnx'", ["format = 'onnx'", "causal-lm", "gguf"]),
+        (TOP + "[quantize]\nformat = 'trt'", ["format = 'trt'", "gguf, onnx"]),
         (TOP + "[quantize]\nkeep_going = 1", ["keep_going = 1", "true or false"]),
         (TOP + "[quantize]\ntypes = 'Q8_0'", ["types = 'Q8_0'", '"REGEX" = "TYPE"']),
         (TOP + "[quantize.types]\nblk.0.ffn = 'Q8_0'", ["[quantize.types] blk", "quote"]),
@@ -163,24 +188,57 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_recipe(tmp_path / "latin.toml")
 
 
+def all_tables() -> list[module.Table]:
+    tables = list(module.TABLES.values())
+    return tables + [key for table in tables for key in table.keys.values() if isinstance(key, module.Table)]
+
+
 def test_every_key_is_a_field_and_every_field_a_key() -> None:
-    for table, (make, keys) in module.TABLES.items():
-        fields = {field.name for field in dataclasses.fields(make)}
-        assert fields - {"types"} == set(keys), table
+    for table in all_tables():
+        assert {field.name for field in dataclasses.fields(table.make)} == set(table.keys), table.make
     assert {field.name for field in dataclasses.fields(module.Recipe)} == {
         *module.TOP, *module.TABLES, "text", "sha256", "base"
     }  # fmt: skip
 
 
 def test_defaults_are_allowed_values() -> None:
-    for make, keys in module.TABLES.values():
-        defaults = dataclasses.asdict(make())
+    for table in all_tables():
+        defaults = dataclasses.asdict(table.make())
+        keys = {name: key for name, key in table.keys.items() if isinstance(key, module.Key)}
         given_values = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in defaults.items()
             if value is not None and value != () and name in keys
         }
         assert read_table(given_values, keys, "default").items() <= defaults.items()
+
+
+def test_a_recipe_that_trains(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(
+            tmp_path,
+            TRAINED
+            + "heldout_every = 8\n[finetune]\nmethod = 'lora'\n[finetune.train]\nlearning_rate = 1e-3\n"
+            "[prune]\ndrop_layers = 6\n[distill]\ntemperature = 1\n[distill.train]\nmax_steps = 10\n",
+        )
+    )
+    assert recipe.data.calibration == recipe.data.train == ("x",)
+    assert recipe.finetune is not None
+    assert (recipe.finetune.method, recipe.finetune.train.learning_rate) == ("lora", 1e-3)
+    assert recipe.prune is not None
+    assert recipe.prune.drop_layers == 6
+    assert recipe.distill is not None
+    assert (recipe.distill.temperature, recipe.distill.train.max_steps) == (1.0, 10)
+    assert recipe.distill.student.kind == "pruned"
+    assert recipe.scrub is None
+    assert recipe.simulate is None
+
+
+def test_classifiers_default_to_onnx(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, CLASSES + "[decide.prior]\nspam = 0.01\nham = 0.99\n"))
+    assert (recipe.quantize.format, recipe.quantize.scheme) == ("onnx", "F32")
+    assert recipe.decide.prior == (("spam", 0.01), ("ham", 0.99))
+    assert load_recipe(write(tmp_path, SENSORS + "[simulate]\nunits = 8\n")).model is None
 
 
 def test_schemes_and_types_are_those_of_the_plan() -> None:
@@ -265,19 +323,31 @@ def test_write_template_keeps_an_existing_file(tmp_path: Path) -> None:
     assert out.read_text() == "first"
 
 
+MADE = {"data/emails.tsv": "emails.py", "data/grades.tsv": "grades.py"}
+"""Data that a recipe's first lines tell how to make, and by which script."""
+
+
 def test_shipped_recipes_load() -> None:
-    """Each names a device that exists, data files that exist, and text for its gate."""
-    recipes = [load_recipe(path) for path in sorted(shipped_folder("recipes").glob("*.toml"))]
-    assert len(recipes) >= 3
-    assert {"smollm2-135m-quickstart"} <= {recipe.name for recipe in recipes}
+    """Each names a device that exists, data that exists or tells how it is made, and measures something."""
+    paths = sorted(shipped_folder("recipes").glob("*.toml"))
+    recipes = [load_recipe(path) for path in paths]
+    assert {"smollm2-135m-quickstart", "bearing-watch", "email-router"} <= {recipe.name for recipe in recipes}
     assert len({recipe.name for recipe in recipes}) == len(recipes)
     for recipe in recipes:
         assert recipe.device is not None
         load_device(recipe.device)
-        for source in (*recipe.data.calibration, *recipe.data.heldout):
+        for source in (*recipe.data.train, *recipe.data.calibration, *recipe.data.heldout):
+            if source in MADE:
+                assert f"recipes/data/{MADE[source]} recipes/{source}" in recipe.text
+                source = f"data/{MADE[source]}"  # noqa: PLW2901
             assert source.startswith("pkg://") or (recipe.base / source).is_file(), source
-        assert recipe.gate.max_kl_nats is not None
-        assert recipe.data.heldout or recipe.data.heldout_every
+        assert recipe.data.heldout or recipe.data.heldout_every or recipe.simulate
+
+
+def test_trained_recipes_have_a_quick_and_a_full_version() -> None:
+    names = {path.stem for path in shipped_folder("recipes").glob("*.toml")}
+    for name in ("chat-distilled", "classify-email", "grade-answers", "predict-failure"):
+        assert {name, f"{name}-full"} <= names
 
 
 def conversations(name: str) -> list[list[dict[str, str]]]:

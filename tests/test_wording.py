@@ -106,7 +106,7 @@ def test_a_near_miss_never_reads_like_a_hit(limit: float, excess: float) -> None
 def test_every_bound_of_a_recipes_gate_has_a_name() -> None:
     from dataclasses import fields
 
-    from edgeslm.recipe import GateSpec
+    from edgeslm.specs import GateSpec
 
     assert {field.name for field in fields(GateSpec)} == set(wording.BOUNDS)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgeslm import wording
-from edgeslm.bench import plots
+from edgeslm.bench import svg
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -138,4 +138,4 @@ def bench_runs(entry: Entry) -> Sequence[Mapping[str, Any]]:
 
 def colour(number: int) -> int:
     """The colour of the n-th result in every plot."""
-    return number % plots.COLOURS + 1
+    return number % svg.COLOURS + 1

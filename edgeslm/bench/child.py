@@ -16,6 +16,7 @@ from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
 from edgeslm import errors
+from edgeslm.bench.classify_bench import bench_classifier
 from edgeslm.bench.measure import bench_artifact
 from edgeslm.errors import EdgeslmError, EngineError
 from edgeslm.progress import Quiet
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgeslm.progress import Progress
+
+COMMAND = (sys.executable, "-m", "edgeslm.bench.child")
 
 
 def bench_in_subprocess(
@@ -38,7 +41,7 @@ def bench_in_subprocess(
     options: RunnerOptions | None = None,
     progress: Progress | None = None,
     seed: int = 0,
-    command: Sequence[str] = (sys.executable, "-m", "edgeslm.bench.child"),
+    command: Sequence[str] = COMMAND,
 ) -> dict[str, Any]:
     """The record of measure.bench_artifact, made by a fresh interpreter; the same arguments and errors.
 
@@ -54,6 +57,31 @@ def bench_in_subprocess(
         "options": asdict(options or RunnerOptions()),
         "seed": seed,
     }
+    return _ask({"what": "model", **request}, progress or Quiet(), command)
+
+
+def bench_classifier_in_subprocess(
+    artifact: Path | str,
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    threads: Sequence[int] = (),
+    repetitions: int = 5,
+    progress: Progress | None = None,
+    seed: int = 0,
+    command: Sequence[str] = COMMAND,
+) -> dict[str, Any]:
+    """The record of classify_bench.bench_classifier, made as bench_in_subprocess makes its own."""
+    request = {
+        "artifact": str(artifact),
+        "batch_sizes": list(batch_sizes),
+        "threads": list(threads),
+        "repetitions": repetitions,
+        "seed": seed,
+    }
+    return _ask({"what": "classifier", **request}, progress or Quiet(), command)
+
+
+def _ask(request: dict[str, Any], progress: Progress, command: Sequence[str]) -> dict[str, Any]:
     with (
         tempfile.TemporaryFile() as complaints,
         subprocess.Popen(
@@ -71,7 +99,7 @@ def bench_in_subprocess(
             with suppress(BrokenPipeError):  # it died at once: said below
                 child.stdin.write(json.dumps(request))
                 child.stdin.close()
-            record = _listen(child.stdout, progress or Quiet())
+            record = _listen(child.stdout, progress)
         except BaseException:
             child.kill()
             raise
@@ -130,12 +158,20 @@ class _Notes:
 def answer(request: str, out: IO[str]) -> None:
     """The child's whole work: one JSON request to JSON lines on `out`."""
     arguments = json.loads(request)
-    options = RunnerOptions(**arguments.pop("options"))
+    kinds: dict[str, Callable[..., dict[str, Any]]] = {
+        "model": _bench_model,
+        "classifier": bench_classifier,
+    }
+    bench = kinds[arguments.pop("what")]
     try:
-        result = {"record": bench_artifact(**arguments, options=options, progress=_Notes(out))}
+        result = {"record": bench(**arguments, progress=_Notes(out))}
     except EdgeslmError as error:
         result = {"error": {"kind": type(error).__name__, "message": error.message, "hint": error.hint}}
     out.write(json.dumps(result, allow_nan=False) + "\n")
+
+
+def _bench_model(*, options: dict[str, Any], **arguments: Any) -> dict[str, Any]:
+    return bench_artifact(**arguments, options=RunnerOptions(**options))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from edgeslm.bench.blocks import (
     said_of,
     whose,
 )  # fmt: skip
+from edgeslm.bench.deciding import is_measured
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ LOGARITHMIC_FROM = 20
 
 
 def quality(entries: Sequence[Entry]) -> list[Block]:
-    measured = [entry for entry in entries if entry.get("quality")]
+    measured = [entry for entry in entries if entry.get("quality") and not is_measured(entry)]
     if not measured:
         return []
     blocks: list[Block] = []
@@ -159,14 +160,15 @@ def speed(entries: Sequence[Entry]) -> list[Block]:
     blocks: list[Block] = []
     timed = [entry for entry in entries if bench_runs(entry)]
     head = ("result",) if len(entries) > 1 else ()
-    for kind, name in (("prefill", "Prefill"), ("decode", "Decode")):
+    for kind, name in (("prefill", "Prefill"), ("decode", "Decode"), ("predict", "Classifying")):
         runs = [(number, entry, run) for number, entry in enumerate(timed) for run in bench_runs(entry)
-                if run.get("kind") == kind and run.get("tokens_per_s") is not None]  # fmt: skip
+                if run.get("kind") == kind and wording.speed_of(run) is not None]  # fmt: skip
         if not runs:
             continue
         rows = [_bar(run, colour(number), _run_label(entry, run, timed)) for number, entry, run in runs]
-        svg = plots.bars(kind, f"{name} speed", rows, unit="tokens/s")
-        said = f"{name}, tokens/s: more is better"
+        unit = "examples/s" if kind == "predict" else "tokens/s"
+        svg = plots.bars(kind, f"{name} speed", rows, unit=unit)
+        said = f"{name}, {unit}: more is better"
         said += "; the outline ends at the ceiling that memory bandwidth sets" if kind == "decode" else ""
         columns = wording.RUN_COLUMNS[kind]
         cells = [(*whose(entry, entries), *(show(run) for _, show in columns)) for _, entry, run in runs]
@@ -189,15 +191,17 @@ def speed(entries: Sequence[Entry]) -> list[Block]:
 
 
 def _bar(run: Mapping[str, Any], colour: int, label: str) -> plots.Bar:
-    rates = [
-        run["tokens"] / seconds for seconds in run.get("samples_s") or () if seconds > 0 and run.get("tokens")
-    ]
-    text = wording.rate(run["tokens_per_s"])
+    speed = wording.speed_of(run) or 0.0
+    if run.get("kind") == "predict":
+        work, text = (run.get("calls") or 0) * (run.get("batch") or 0), wording.item_rate(speed)
+    else:
+        work, text = run.get("tokens") or 0, wording.rate(speed)
+    rates = [work / seconds for seconds in run.get("samples_s") or () if seconds > 0 and work]
     valid = run.get("valid") is not False
     if valid and run.get("ceiling_fraction") is not None:
         text += f", {wording.percent(run['ceiling_fraction'], 0)} of ceiling"
     return plots.Bar(
-        label=label, text=text if valid else f"INVALID {text}", value=run["tokens_per_s"],
+        label=label, text=text if valid else f"INVALID {text}", value=speed,
         low=min(rates, default=None), high=max(rates, default=None), ceiling=run.get("ceiling_tokens_per_s"),
         valid=valid, colour=colour,
     )  # fmt: skip

@@ -21,11 +21,12 @@ import numpy as np
 from edgeslm.bench import interference
 from edgeslm.bench.memory import MemoryWatch
 from edgeslm.bundle import open_bundle
-from edgeslm.device import engine_versions, memory_bandwidth, probe
+from edgeslm.device import memory_bandwidth, probe
 from edgeslm.errors import RecipeError
 from edgeslm.gguf_file import read_gguf
 from edgeslm.progress import Quiet
 from edgeslm.runtime.runner import RunnerOptions, open_runner
+from edgeslm.versions import engine_versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

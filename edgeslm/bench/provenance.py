@@ -6,11 +6,11 @@ import shlex
 import tomllib
 from typing import TYPE_CHECKING, Any
 
-from edgeslm import wording
+from edgeslm import wording, wording_learning
 from edgeslm.bench.blocks import Block, Code, Notes, at, bench_runs, matrix, said_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from edgeslm.bench.blocks import Entry, Rows
 
@@ -36,6 +36,9 @@ def _settings(entry: Entry) -> str:
     if not bench_runs(entry):
         return wording.NOT_AVAILABLE
     run = bench_runs(entry)[0]
+    if run.get("kind") == "predict":
+        calls = f"{wording.count(run.get('calls'), 'call')} in each of " if run.get("calls") else ""
+        return f"float32, {calls}{wording.count(run.get('repetitions'), 'repetition')}"
     attention = "auto" if run.get("flash_attention") is None else "on" if run["flash_attention"] else "off"
     return (
         f"batch {wording.count(run.get('batch'))}/{wording.count(run.get('ubatch'))}, "
@@ -94,7 +97,7 @@ def _calibration(entry: Entry) -> str:
         parts.append(wording.count(calibrate["tokens"], "token"))
     if matrix_digest:
         parts.append(f"importance matrix {matrix_digest[:16]}")
-    elif at(entry, "quantization"):
+    elif at(entry, "quantization") and at(entry, "quantization", "scheme") != "F32":
         return "none: quantized without an importance matrix"
     return ", ".join(parts) or wording.NOT_AVAILABLE
 
@@ -111,6 +114,8 @@ ORIGIN_ROWS: Rows = (
                                   )),
     ("parameters", lambda e: wording.count(at(e, "artifact", "parameters"))),
     ("context length", lambda e: wording.count(at(e, "model", "context_length"), "token")),
+    ("classes", lambda e: ", ".join(at(e, "model", "labels") or ())),
+    ("reads", lambda e: wording_learning.reads(at(e, "model", "preprocessing") or {})),
     ("tokenizer", _fact("model", "tokenizer")),
     ("scheme", _fact("quantization", "scheme")),
     ("calibration", _calibration),
@@ -177,6 +182,8 @@ def _evaluate(entry: Entry, path: str) -> list[str]:
         words += ["--reference", reference]
     for source in sources:
         words += ["--text", source]
+    if at(quality, "classes"):
+        return [_shell(*words, *_rates(at(quality, "decision") or {}))]
     context, windows, tokens = (
         at(quality, *keys) for keys in (("protocol", "context"), ("protocol", "windows"), ("text", "tokens"))
     )
@@ -187,11 +194,28 @@ def _evaluate(entry: Entry, path: str) -> list[str]:
     return [_shell(*words)]
 
 
+def _rates(decision: Mapping[str, Any]) -> list[str]:
+    """The options that give a classifier its base rates and costs."""
+    labels, prior, costs = (decision.get(key) or () for key in ("labels", "prior", "costs"))
+    given = () if list(prior) == list(decision.get("training_prior") or ()) else prior
+    return [
+        word
+        for option, values in (("--prior", given), ("--cost", costs))
+        for label, value in zip(labels, values, strict=False)
+        if value is not None
+        for word in (option, f"{label}={value:g}")
+    ]
+
+
 def _bench(entry: Entry, path: str) -> list[str]:
     if not bench_runs(entry):
         return []
     words = ["edgeslm", "bench", path]
     first = bench_runs(entry)[0]
+    if first.get("kind") == "predict":
+        threads = dict.fromkeys(run["threads"] for run in bench_runs(entry) if run.get("threads"))
+        words += ["-t", ",".join(f"{number:.0f}" for number in threads)] if threads else []
+        return [_shell(*words, *(("-r", f"{first['repetitions']:.0f}") if first.get("repetitions") else ()))]
     for option, key, kind in (
         ("-p", "tokens", "prefill"),
         ("-n", "tokens", "decode"),

@@ -8,101 +8,42 @@ on another machine or another text, becomes an entry beside it.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from edgeslm.bench.shapes import (
+    BENCH,
+    BUILD,
+    BUNDLE,
+    CHECKPOINT,
+    DATA,
+    ENTRY,
+    PRUNE,
+    QUALITY,
+    SCHEMA,
+    SHAPES,
+    TASK_QUALITY,
+    TRAINING,
+)  # fmt: skip
 from edgeslm.bundle import Bundle, open_bundle
 from edgeslm.errors import DataError
 from edgeslm.gguf_file import read_gguf
+from edgeslm.onnx_file import read_onnx
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     Record = Mapping[str, Any]
 
-SCHEMA = "edgeslm.report/1"
-BUNDLE, QUALITY, BENCH, BUILD = "edgeslm.bundle/1", "edgeslm.quality/1", "edgeslm.bench/1", "edgeslm.build/1"
 MAX_RECORD_BYTES = 2**26
 LARGEST = 1e300
 """No quantity in a record is bigger; NaN and infinity are not below it either."""
 FACTS = ("model", "quantization", "recipe", "versions", "kinds")
 """What is known of the artifact itself, however often it is measured."""
-MEASURED = ("quality", "bench", "gate", "stages", "warnings")
-
-# The shapes of records: float stands for any number up to LARGEST.  Every value may be missing or null.
-_ESTIMATE = {"value": float, "low": float, "high": float}
-_ARTIFACT = {
-    **dict.fromkeys(("name", "path", "format", "digest", "architecture"), str),
-    **dict.fromkeys(("file_bytes", "weight_bytes", "parameters", "bits_per_weight"), float),
-}
-_TIMES = dict.fromkeys(("p50", "p95", "p99", "min", "max"), float)
-_RUN = {
-    **dict.fromkeys(("kind", "kv_type"), str),
-    **dict.fromkeys(("tokens", "threads", "batch", "ubatch", "context", "repetitions", "tokens_per_s",
-                     "tokens_per_s_stdev", "ceiling_tokens_per_s", "ceiling_fraction"), float),
-    **dict.fromkeys(("flash_attention", "mmap", "valid"), bool),
-    "samples_s": [float], "tpot_s": _TIMES, "ttft_s": _TIMES, "reasons": [str],
-}  # fmt: skip
-_MACHINE = {
-    **dict.fromkeys(("cpu_model", "architecture", "os", "kernel", "python", "governor"), str),
-    **dict.fromkeys(("physical_cores", "logical_cores", "usable_cores", "memory_bytes", "frequency_hz",
-                     "memory_available_bytes", "temperature_c", "load_average_1m"), float),
-    "instruction_sets": [str], "emulated": bool,
-}  # fmt: skip
-_QUALITY: dict[str, Any] = {
-    "artifact": _ARTIFACT,
-    "reference": _ARTIFACT,
-    "text": {"sources": [str], "sha256": str, "tokens": float},
-    "protocol": {"context": float, "scored_tokens": float, "windows": float, "method": str},
-    **dict.fromkeys(("perplexity", "reference_perplexity", "perplexity_ratio", "top1_agreement"), _ESTIMATE),
-    "kl_nats": dict.fromkeys(("mean", "median", "p99", "max"), _ESTIMATE),
-    "confidence": float,
-}
-_BENCH: dict[str, Any] = {
-    "created_at": str, "artifact": _ARTIFACT, "machine": _MACHINE, "machine_after": _MACHINE,
-    "versions": {"*": str}, "memory_bandwidth_bytes_per_s": float, "load_s": float, "runs": [_RUN],
-    "memory": dict.fromkeys(("peak_rss_bytes", "file_backed_bytes", "anonymous_bytes"), float),
-    "valid": bool, "reasons": [str],
-}  # fmt: skip
-_GATE = {
-    "passed": bool,
-    "misses": [{"bound": str, "limit": float, "value": float, "by": float}],
-}
-_STAGES = [{"name": str, "key": str, "skipped": bool, "seconds": float}]
-_TYPE = {"tensors": float, "parameters": float, "bytes": float}
-_QUANTIZATION = {
-    "scheme": str, "bits_per_weight": float, "importance": str, "types": {"*": _TYPE},
-    "fallbacks": [{"tensor": str, "wanted": str, "got": str, "wanted_bits": float, "got_bits": float,
-                   "reason": str}],
-}  # fmt: skip
-_KINDS = [{"kind": str, "tensors": float, "parameters": float, "bytes": float, "types": {"*": _TYPE}}]
-_MODEL = {
-    **dict.fromkeys(("architecture", "tokenizer", "source", "source_sha256", "licence"), str),
-    **dict.fromkeys(("parameters", "context_length", "vocab_size"), float),
-}
-_RECIPE = {"text": str, "sha256": str}
-_MANIFEST: dict[str, Any] = {
-    "name": str, "task": str, "format": str, "weights": str, "model": _MODEL, "quantization": _QUANTIZATION,
-    "recipe": _RECIPE, "versions": {"*": str}, "quality": _QUALITY,
-    "files": [{"path": str, "bytes": float, "sha256": str}],
-}  # fmt: skip
-_ENTRY = {
-    "label": str, "artifact": _ARTIFACT, "digests": [str], "model": _MODEL, "quantization": _QUANTIZATION,
-    "recipe": _RECIPE, "versions": {"*": str}, "kinds": _KINDS, "quality": _QUALITY, "bench": _BENCH,
-    "gate": _GATE, "stages": _STAGES, "warnings": [str],
-}  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {
-    BUNDLE: {"path": str, "digest": str, "bytes": float, "manifest": _MANIFEST, "kinds": _KINDS},
-    QUALITY: _QUALITY,
-    BENCH: _BENCH,
-    BUILD: {
-        "bundle": str, "bytes": float, "bits_per_weight": float, "quality": _QUALITY, "bench": _BENCH,
-        "gate": _GATE, "report": str, "stages": _STAGES, "warnings": [str],
-    },
-    SCHEMA: {"results": [_ENTRY]},
-}  # fmt: skip
+MEASURED = ("quality", "bench", "gate", "stages", "warnings", "data", "training", "prune")
 
 
 def load_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -125,17 +66,14 @@ def load_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 def bundle_record(bundle: Bundle) -> dict[str, Any]:
     """What a bundle's manifest and the header of its weights say, checked."""
-    weights = read_gguf(bundle.weights)
+    reader = read_gguf if bundle.format == "gguf" else read_onnx
     kinds: dict[str, dict[str, Any]] = {}
-    for tensor in weights.tensors.values():
-        parts = [
-            part for part in tensor.name.split(".") if part not in ("blk", "weight") and not part.isdigit()
-        ]
-        kind = kinds.setdefault(".".join(parts), {"tensors": 0, "parameters": 0, "bytes": 0, "types": {}})
-        for group in (
-            kind,
-            kind["types"].setdefault(tensor.type, {"tensors": 0, "parameters": 0, "bytes": 0}),
-        ):
+    for tensor in reader(bundle.weights).tensors.values():
+        kind = kinds.setdefault(
+            kind_of(tensor.name), {"tensors": 0, "parameters": 0, "bytes": 0, "types": {}}
+        )
+        of_type = kind["types"].setdefault(tensor.type, {"tensors": 0, "parameters": 0, "bytes": 0})
+        for group in (kind, of_type):
             group["tensors"] += 1
             group["parameters"] += tensor.parameters
             group["bytes"] += tensor.nbytes
@@ -151,6 +89,16 @@ def bundle_record(bundle: Bundle) -> dict[str, Any]:
     }
     check(record, str(bundle.path))
     return record
+
+
+def kind_of(tensor: str) -> str:
+    """The part of every layer that a tensor belongs to: blk.7.attn_q.weight is attn_q.
+
+    An ONNX exporter calls what it turned or joined onnx::MatMul_123.
+    """
+    aside = ("blk", "layer", "layers", "weight", "inner")
+    name = re.sub(r"^(onnx::\w+?)_\d+$", r"\1", tensor)
+    return ".".join(part for part in name.split(".") if part not in aside and not part.isdigit())
 
 
 def check(record: Any, where: str) -> str:
@@ -254,16 +202,25 @@ def _entries(record: Record, schema: str) -> list[dict[str, Any]]:
     """A record as one entry, or a report's several; every key of an entry is there, null where unknown."""
     if schema == SCHEMA:
         return [
-            _entry(**{key: entry.get(key) for key in _ENTRY if key != "label"})
+            _entry(**{key: entry.get(key) for key in ENTRY if key != "label"})
             for entry in record["results"] or ()
         ]
-    if schema == QUALITY:
+    if schema in (QUALITY, TASK_QUALITY):
         return [_entry(artifact=record.get("artifact"), quality=record)]
     if schema == BENCH:
         return [_entry(artifact=record.get("artifact"), bench=record, versions=record.get("versions"))]
-    if schema == BUILD:
-        return [_build_entry(record)]
-    return [_bundle_entry(record)]
+    if schema in ALONE:
+        key = ALONE[schema]
+        return [_entry(artifact={"name": key}, **{key: [record] if schema == TRAINING else record})]
+    if schema == CHECKPOINT:
+        artifact = {"path": record.get("path"), "parameters": record.get("parameters")}
+        artifact["name"] = Path(record.get("path") or "unnamed").name
+        return [_entry(artifact=artifact, **{key: record.get(key) for key in ("stages", *ALONE.values())})]
+    return [_build_entry(record) if schema == BUILD else _bundle_entry(record)]
+
+
+ALONE = {DATA: "data", TRAINING: "training", PRUNE: "prune"}
+"""Records of a stage, which may come without any artifact, to their place in an entry."""
 
 
 def _build_entry(record: Record) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from edgeslm import wording
 from edgeslm.atomic import atomic_write
-from edgeslm.bench import findings, provenance, summary
+from edgeslm.bench import deciding, findings, learned, provenance, summary
 from edgeslm.bench.blocks import Section, at
-from edgeslm.bench.records import SCHEMA, load_results, report_document
+from edgeslm.bench.records import load_results, report_document
+from edgeslm.bench.shapes import SCHEMA
 from edgeslm.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,7 +29,11 @@ __all__ = ["load_results", "render_html", "render_json", "render_markdown", "rep
 
 SECTIONS = (
     ("summary", "Summary", summary.summary),
+    ("deciding", "How well it decides", deciding.deciding),
     ("quality", "Quality before and after", findings.quality),
+    ("data", "Data", learned.data),
+    ("training", "Training", learned.training),
+    ("pruning", "Pruning", learned.pruning),
     ("size", "Size", findings.size),
     ("speed", "Speed", findings.speed),
     ("memory", "Memory", findings.memory),

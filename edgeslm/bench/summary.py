@@ -36,8 +36,8 @@ def verdicts(entries: Sequence[Entry]) -> list[Verdict]:
 
 def _incomparable(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     """What keeps results from being compared, and why."""
-    texts = {(at(e, "quality", "text", "sha256"), at(e, "quality", "protocol", "scored_tokens"))
-             for e in entries if e.get("quality")}  # fmt: skip
+    texts = {(at(e, "quality", "text", "sha256"), at(e, "quality", "protocol", "scored_tokens"),
+              at(e, "quality", "protocol", "examples")) for e in entries if e.get("quality")}  # fmt: skip
     machines = {(at(e, "bench", "machine", "cpu_model"), at(e, "bench", "machine", "usable_cores"))
                 for e in entries if e.get("bench")}  # fmt: skip
     found = []
@@ -76,6 +76,15 @@ def summary(entries: Sequence[Entry]) -> list[Block]:
         ("KL divergence, nats", lambda e: wording.interval(at(e, "quality", "kl_nats", "mean"))),
         ("perplexity", lambda e: wording.interval(at(e, "quality", "perplexity"))),
         ("top-1 agreement", lambda e: wording.interval(at(e, "quality", "top1_agreement"), as_percent=True)),
+        ("accuracy", lambda e: wording.interval(at(e, "quality", "accuracy"), as_percent=True)),
+        ("macro F1", lambda e: wording.interval(at(e, "quality", "macro", "f1"))),
+        ("log-loss, nats", lambda e: wording.interval(at(e, "quality", "log_loss"))),
+        ("calibration error", lambda e: wording.interval(at(e, "quality", "expected_calibration_error"))),
+        ("latency p50", lambda e: _latency(e, "p50")),
+        ("latency p99", lambda e: _latency(e, "p99")),
+        ("latency of", lambda e: wording.conditions(wording.fastest_call(bench_runs(e)) or {})),
+        ("examples/s", lambda e: _quoted(e, "predict")),
+        ("examples/s of", lambda e: wording.conditions(wording.headline(bench_runs(e), "predict") or {})),
         ("prefill", lambda e: _quoted(e, "prefill")),
         ("prefill of", lambda e: wording.conditions(wording.headline(bench_runs(e), "prefill") or {})),
         ("decode", lambda e: _quoted(e, "decode")),
@@ -84,25 +93,33 @@ def summary(entries: Sequence[Entry]) -> list[Block]:
         ("peak RSS", lambda e: wording.size(at(e, "bench", "memory", "peak_rss_bytes"))),
     )
     blocks = matrix("Results side by side", rows, entries, numbers=True)
-    points = [
-        plots.Point(
-            label=entry["label"], x=entry["artifact"]["file_bytes"] / 2**20, colour=colour(number),
-            y=kl["value"], low=kl.get("low"), high=kl.get("high"),
-        )
-        for number, entry in enumerate(entries)
-        if (kl := at(entry, "quality", "kl_nats", "mean") or {}).get("value") is not None
-        and at(entry, "artifact", "file_bytes") is not None
-    ]  # fmt: skip
-    if len(points) > 1 and not any(what.startswith("Quality") for what, _ in _incomparable(entries)):
-        said = "Size against KL divergence"
-        svg = plots.scatter("size-kl", said, points, x_unit="MiB", y_unit="mean KL divergence, nats")
-        blocks.append(Figure(caption=f"{said}: nearer to the lower left is better", svg=svg))
+    if any(what.startswith("Quality") for what, _ in _incomparable(entries)):
+        return blocks
+    losses = (
+        ("size-kl", "Size against KL divergence", "mean KL divergence, nats", ("kl_nats", "mean")),
+        ("size-loss", "Size against log-loss", "log-loss, nats", ("log_loss",)),
+    )
+    for name, said, unit, keys in losses:
+        points = [
+            plots.Point(
+                label=entry["label"], x=entry["artifact"]["file_bytes"] / 2**20, colour=colour(number),
+                y=loss["value"], low=loss.get("low"), high=loss.get("high"),
+            )
+            for number, entry in enumerate(entries)
+            if (loss := at(entry, "quality", *keys) or {}).get("value") is not None
+            and at(entry, "artifact", "file_bytes") is not None
+        ]  # fmt: skip
+        if len(points) > 1:
+            svg = plots.scatter(name, said, points, x_unit="MiB", y_unit=unit)
+            blocks.append(Figure(caption=f"{said}: nearer to the lower left is better", svg=svg))
     return blocks
 
 
 def _cards(entry: Entry) -> list[tuple[str, str, str]]:
     quality, bench = entry.get("quality") or {}, entry.get("bench") or {}
-    prefill, decode = (wording.headline(bench_runs(entry), kind) for kind in ("prefill", "decode"))
+    runs = bench_runs(entry)
+    prefill, decode, predict = (wording.headline(runs, kind) for kind in ("prefill", "decode", "predict"))
+    call = wording.fastest_call(runs)
     perplexity, around = _split(at(quality, "perplexity"), "")
     if at(quality, "reference_perplexity", "value") is not None:
         around += f", reference {wording.interval({'value': quality['reference_perplexity']['value']})}"
@@ -112,6 +129,14 @@ def _cards(entry: Entry) -> list[tuple[str, str, str]]:
         ("KL divergence", *_split(at(quality, "kl_nats", "mean"), " nats")),
         ("perplexity", perplexity, around),
         ("top-1 agreement", *_split(at(quality, "top1_agreement"), "", as_percent=True)),
+        ("accuracy", *_split(at(quality, "accuracy"), "", as_percent=True)),
+        ("macro F1", *_split(at(quality, "macro", "f1"), "")),
+        ("log-loss", *_split(at(quality, "log_loss"), " nats")),
+        ("calibration error", *_split(at(quality, "expected_calibration_error"), "")),
+        ("weighted kappa", *_split(at(quality, "quadratic_weighted_kappa"), "")),
+        ("latency p50", _latency(entry, "p50"), wording.conditions(call or {})),
+        ("latency p99", _latency(entry, "p99"), wording.conditions(call or {})),
+        ("throughput", _quoted(entry, "predict"), wording.conditions(predict or {})),
         ("prefill", _quoted(entry, "prefill"), wording.conditions(prefill or {})),
         ("decode", _quoted(entry, "decode"), wording.conditions(decode or {})),
         ("time to first token", wording.duration(at(prefill, "ttft_s", "p50")), wording.conditions(prefill or {})),
@@ -135,6 +160,14 @@ def _split(estimate: Mapping[str, Any] | None, unit: str, *, as_percent: bool = 
 
 def _quoted(entry: Entry, kind: str) -> str:
     """The speed to quote first, or that it is not to be quoted."""
-    run = wording.headline(bench_runs(entry), kind)
-    text = wording.rate(at(run, "tokens_per_s"))
-    return f"INVALID {text}" if at(run, "valid") is False else text
+    run = wording.headline(bench_runs(entry), kind) or {}
+    speed = wording.speed_of(run)
+    text = wording.item_rate(speed) if kind == "predict" else wording.rate(speed)
+    return f"INVALID {text}" if run.get("valid") is False else text
+
+
+def _latency(entry: Entry, share: str) -> str:
+    """The latency of the smallest batch, or that it is not to be quoted."""
+    run = wording.fastest_call(bench_runs(entry))
+    text = wording.duration(at(run, "latency_s", share))
+    return f"INVALID {text}" if at(run, "valid") is False and text != wording.NOT_AVAILABLE else text

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgeslm.recipe import CalibrateSpec
+    from edgeslm.specs import CalibrateSpec
     from edgeslm.stages.checkpoint import Checkpoint
 
     ChatRenderer = Callable[[str, Sequence[Mapping[str, str]], str, str], str]

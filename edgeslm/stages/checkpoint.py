@@ -96,6 +96,11 @@ class Checkpoint:
             raise ModelError(f"{self.path.name}: a GGUF file has no config.json")
         return read_json(self.path / "config.json")
 
+    def ancestry(self) -> dict[str, Any] | None:
+        """How edgeslm made it, stage by stage; None for a model that it did not make."""
+        note = self.path / "edgeslm.json"
+        return read_json(note) if self.kind == "hf" and note.is_file() else None
+
     def licence_files(self) -> list[Path]:
         """The model's own licence and notice, to be passed on with it."""
         return sorted(matching(self.path, ("LICENSE*", "NOTICE*"))) if self.kind == "hf" else []
@@ -349,6 +354,16 @@ def _from_hub(source: str, work: Path | None, progress: Progress) -> Checkpoint:
     if not any(found.glob("*.safetensors")):
         raise ModelError(f"{source}: the repository holds no safetensors weights", hint=PICKLE_HINT)
     return replace(_local(found, source, work, progress), name=repository.rpartition("/")[2])
+
+
+def tokenizer_digest(checkpoint: Checkpoint) -> str:
+    """sha256 of what decides how a text is split: the tokenizer's files, or the whole of a GGUF file."""
+    if checkpoint.kind == "gguf":
+        return checkpoint.digest
+    total = hashlib.sha256()
+    for path in sorted(matching(checkpoint.path, TOKENIZER_FILES)):
+        total.update(f"{path.name}\0{file_sha256(path)}\n".encode())
+    return total.hexdigest()
 
 
 def matching(directory: Path, patterns: tuple[str, ...]) -> set[Path]:

@@ -1,34 +1,32 @@
-"""Text and chat documents out of files and installed packages, streamed.
+"""Text and chat documents out of files, tables, installed packages and hubs, streamed.
 
-A source is a path (text, or JSONL by its suffix), pkg://package/path, or pkg://package/file.py#NAME
-for a literal of strings that a Python file assigns to NAME; that file is parsed, never imported.
+A source is a path to text, a table (see edgeslm.stages.tables), pkg://package/path, or
+pkg://package/file.py#NAME for a literal of strings that a Python file assigns to NAME; that file is
+parsed, never imported.
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from edgeslm.bundle import file_sha256
 from edgeslm.errors import DataError, EdgeslmError
-from edgeslm.progress import Progress, Quiet
-from edgeslm.stages.checkpoint import package_path
+from edgeslm.stages.scrub import Scrubber, read_names
+from edgeslm.stages.tables import MOST_BAD_ROWS, Tally, is_table, locate, read, sources_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from edgeslm.progress import Progress
     from edgeslm.recipe import Recipe
 
     Chat = Callable[[Sequence[Mapping[str, str]]], str]
 
-JSONL = (".jsonl", ".ndjson")
-NOT_TEXT = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip", ".gguf", ".pdf", ".docx")
-MOST_BAD_ROWS = 0.05
-"""Share of a JSONL file's rows that may be unusable; beyond it the file is taken for the wrong one."""
+NOT_TEXT = (".json", ".arrow", ".gz", ".zst", ".zip", ".gguf", ".pdf", ".docx", ".xlsx")
+ROW_HINT = 'a row is {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,25 +35,38 @@ class Document:
 
     text: str | None = None
     messages: tuple[dict[str, str], ...] | None = None
+    prompt: str | None = None
+    """What `text` begins with and is given rather than learned; None: nothing is."""
+    given: int = 0
+    """So many of the first messages are the prompt."""
 
 
 def documents(
-    sources: Sequence[str], *, base: Path | None = None, progress: Progress | None = None
+    sources: Sequence[str],
+    *,
+    base: Path | None = None,
+    progress: Progress | None = None,
+    max_bad: float = MOST_BAD_ROWS,
+    text: str = "text",
+    tally: Tally | None = None,
 ) -> Iterator[Document]:
-    """The documents of all sources in order; a text file is one document, a JSONL row is one.
+    """The documents of all sources in order; a text file is one document, a table's row is one.
 
-    A row is {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}]}.  Rows that are
-    none of these are counted and the first is shown.  Raises DataError for a source that is missing,
-    is no text, holds nothing, or has more than 5 % of such rows.
+    A row is {"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}]}; other columns do
+    not matter.  text: what the text's column is called.  Rows that are none of these are counted (into
+    `tally`) and the first is shown.  Raises DataError for a source that is missing, is no text, holds
+    nothing, or has a larger share of such rows than `max_bad`.
     """
     for source in sources:
-        path, name = _locate(source, base or Path())
-        if name:
-            found = _literal(path, name)
-        elif path.suffix.lower() in JSONL:
-            found = _rows(path, progress or Quiet())
+        found: Iterator[Document]
+        if is_table(source):
+            rows = read(
+                source, lambda row: _document(row, text), base=base, progress=progress, max_bad=max_bad,
+                tally=tally, hint=ROW_HINT,
+            )  # fmt: skip
+            found = (document for document, _ in rows)
         else:
-            found = iter([Document(text=_read_text(path))])
+            found = _file(source, base)
         empty = True
         for document in found:
             if document.messages or (document.text and document.text.strip()):
@@ -75,11 +86,29 @@ def split(found: Iterable[Document], heldout_every: int) -> tuple[list[Document]
     for index, document in enumerate(found):
         (heldout if index % heldout_every == heldout_every - 1 else kept).append(document)
     if not heldout:
-        raise DataError(
-            f"{len(kept)} documents are too few to hold out every {heldout_every}th",
-            hint="a text file is one document: name several, a JSONL file, or [data] heldout",
-        )
+        raise _too_few(len(kept), heldout_every)
     return kept, heldout
+
+
+def split_stream(
+    found: Iterable[Document], heldout_every: int, keep: Literal["train", "heldout"]
+) -> Iterator[Document]:
+    """One side of what `split` divides, streamed.  Raises DataError at the end when there were too few."""
+    count = 0
+    for document in found:
+        heldout = count % heldout_every == heldout_every - 1
+        count += 1
+        if heldout == (keep == "heldout"):
+            yield document
+    if count < heldout_every:
+        raise _too_few(count, heldout_every)
+
+
+def _too_few(count: int, heldout_every: int) -> DataError:
+    return DataError(
+        f"{count} documents are too few to hold out every {heldout_every}th",
+        hint="a text file is one document: name several, a table, or [data] heldout",
+    )
 
 
 def render(document: Document, chat: Chat) -> str:
@@ -92,63 +121,96 @@ def render(document: Document, chat: Chat) -> str:
     try:
         return chat(document.messages)
     except EdgeslmError:
-        system, *rest = document.messages
-        if system["role"] != "system" or not rest:
+        merged = without_system(document.messages)
+        if merged is None:
             raise
-        first = {**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}
-        return chat((first, *rest[1:]))
+        return chat(merged)
 
 
-def sources_digest(sources: Sequence[str], *, base: Path | None = None) -> str:
-    """sha256 over the contents of all sources, in order; where they lie does not matter."""
-    total = hashlib.sha256()
-    for source in sources:
-        path, name = _locate(source, base or Path())
-        total.update(f"{path.suffix.lower()}\0{name}\0{file_sha256(path)}\n".encode())
-    return total.hexdigest()
+def without_system(messages: Sequence[Mapping[str, str]]) -> tuple[Mapping[str, str], ...] | None:
+    """A conversation with its system message at the head of the first user message; None without one."""
+    system, *rest = messages
+    if system["role"] != "system" or not rest:
+        return None
+    first = {**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}
+    return (first, *rest[1:])
 
 
-def calibration_documents(recipe: Recipe, progress: Progress) -> Iterable[Document]:
-    """What a recipe calibrates on: its calibration sources without what it holds out of them."""
-    found = documents(recipe.data.calibration, base=recipe.base, progress=progress)
-    return split(found, recipe.data.heldout_every)[0] if recipe.data.heldout_every else found
+def train_documents(
+    recipe: Recipe, progress: Progress, scrubber: Scrubber | None = None
+) -> Iterator[Document]:
+    """What a recipe trains on: its training sources without what it holds out of them, streamed.
+
+    scrubber: masks the texts and counts what it finds; None: one of the recipe's own.
+    """
+    found = _recipe_documents(recipe, recipe.data.train, progress, scrubber)
+    every = recipe.data.heldout_every
+    return split_stream(found, every, "train") if every else found
 
 
-def heldout_documents(recipe: Recipe, progress: Progress) -> list[Document]:
-    """What a recipe measures quality on."""
+def calibration_documents(
+    recipe: Recipe, progress: Progress, scrubber: Scrubber | None = None
+) -> Iterator[Document]:
+    """What a recipe calibrates on: its calibration or else its training sources, without what it holds out."""
+    data = recipe.data
+    sources = data.calibration or data.train
+    found = _recipe_documents(recipe, sources, progress, scrubber)
+    divided = data.heldout_every and sources == (data.train or data.calibration)
+    return split_stream(found, data.heldout_every or 0, "train") if divided else found
+
+
+def heldout_documents(
+    recipe: Recipe, progress: Progress, scrubber: Scrubber | None = None
+) -> Iterator[Document]:
+    """What a recipe measures quality on, streamed."""
     data = recipe.data
     if data.heldout_every:
-        return split(documents(data.calibration, base=recipe.base, progress=progress), data.heldout_every)[1]
-    return list(documents(data.heldout, base=recipe.base, progress=progress))
+        found = _recipe_documents(recipe, data.train or data.calibration, progress, scrubber)
+        return split_stream(found, data.heldout_every, "heldout")
+    return _recipe_documents(recipe, data.heldout, progress, scrubber)
+
+
+def scrubber_of(recipe: Recipe) -> Scrubber | None:
+    """What masks a recipe's texts; None without [scrub]."""
+    if recipe.scrub is None:
+        return None
+    return Scrubber(recipe.scrub, read_names(recipe.scrub.names, recipe.base))
 
 
 def data_digest(recipe: Recipe, sources: Sequence[str]) -> str:
-    """What identifies the documents that a recipe takes from `sources`."""
-    return f"{sources_digest(sources, base=recipe.base)}/{recipe.data.heldout_every}"
+    """What identifies the documents that a recipe takes from `sources`, and what is masked in them."""
+    read: list[Any] = [recipe.columns.text, recipe.data.max_bad_rows]
+    if recipe.scrub is not None:
+        read += [asdict(recipe.scrub), sources_digest(recipe.scrub.names, base=recipe.base)]
+    return f"{sources_digest(sources, base=recipe.base)}/{recipe.data.heldout_every}/{json.dumps(read)}"
 
 
-def _locate(source: str, base: Path) -> tuple[Path, str]:
-    """The file that a source names, and the name after '#' ("" without one)."""
-    if source.startswith("pkg://"):
-        where, _, name = source.partition("#")
-        path = package_path(where)
-    else:
-        path, name = base / Path(source).expanduser(), ""
-    if not path.exists():
-        raise DataError(
-            f"no text at {path}",
-            hint="a relative path starts from the recipe's folder, or from here without a recipe",
-        )
-    if not path.is_file():
-        raise DataError(f"{path}: not a file", hint="name the files in it")
+def _recipe_documents(
+    recipe: Recipe, sources: Sequence[str], progress: Progress, scrubber: Scrubber | None
+) -> Iterator[Document]:
+    found = documents(
+        sources,
+        base=recipe.base,
+        progress=progress,
+        max_bad=recipe.data.max_bad_rows,
+        text=recipe.columns.text,
+    )
+    scrubber = scrubber or scrubber_of(recipe)
+    return map(scrubber.document, found) if scrubber else found
+
+
+def _file(source: str, base: Path | None) -> Iterator[Document]:
+    path, name = locate(source, base or Path())
+    if name:
+        return _literal(path, name)
     if path.suffix.lower() in NOT_TEXT:
         raise DataError(
             f"{path}: {path.suffix} can't be read as text",
-            hint='use text, or JSONL: one {"text": ...} or {"messages": [...]} a line',
+            hint='use text, a table, or JSONL: one {"text": ...} or {"messages": [...]} a line',
         )
-    if path.suffix == ".py" and source.startswith("pkg://") and not name:
+    if path.suffix == ".py" and source.startswith("pkg://"):
         raise DataError(f"{source}: name the literal to read", hint=f"such as {source}#NAME")
-    return path, name
+    return iter([Document(text=_read_text(path))])
 
 
 def _read_text(path: Path) -> str:
@@ -156,6 +218,8 @@ def _read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}", hint="save it as UTF-8 text") from error
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
 
 
 def _literal(path: Path, name: str) -> Iterator[Document]:
@@ -184,45 +248,18 @@ def _targets(node: ast.Assign | ast.AnnAssign) -> set[str]:
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
-def _rows(path: Path, progress: Progress) -> Iterator[Document]:
-    total, bad, first = 0, 0, ""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            total += 1
-            try:
-                yield _row(line)
-            except ValueError as error:
-                bad += 1
-                first = first or f"line {number}: {error}"
-    if bad > MOST_BAD_ROWS * total:
-        raise DataError(
-            f"{path}: {bad} of {total} rows can't be used; {first}",
-            hint='a row is {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}',
-        )
-    if bad:
-        progress.note(f"{path.name}: left out {bad} of {total} rows; {first}")
-
-
-def _row(line: bytes) -> Document:
-    """One line of JSONL.  Raises ValueError saying what is wrong with it."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"holds {type(row).__name__}, not an object")
-    if "messages" in row:
+def _document(row: Mapping[str, Any], text: str) -> Document:
+    """One row of a table.  Raises ValueError saying what is wrong with it."""
+    if row.get("messages") is not None:
         return Document(messages=_messages(row["messages"]))
-    if isinstance(row.get("text"), str):
-        return Document(text=row["text"])
+    if isinstance(row.get(text), str):
+        return Document(text=row[text])
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        return Document(text=prompt + completion)
+        return Document(text=prompt + completion, prompt=prompt)
     if isinstance(prompt, list) and isinstance(completion, list):
-        return Document(messages=_messages(prompt + completion))
-    raise ValueError(f"has neither text, prompt and completion, nor messages, but {sorted(row)[:5]}")
+        return Document(messages=_messages(prompt + completion), given=len(prompt))
+    raise ValueError(f"has neither {text}, prompt and completion, nor messages, but {sorted(row)[:5]}")
 
 
 def _messages(value: Any) -> tuple[dict[str, str], ...]:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeslm.progress import Progress
-    from edgeslm.recipe import QuantizeSpec
+    from edgeslm.specs import QuantizeSpec
     from edgeslm.stages.checkpoint import Checkpoint
     from edgeslm.stages.rope import Config
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from edgeslm.bench.child import bench_in_subprocess
+from edgeslm.bench.child import bench_classifier_in_subprocess, bench_in_subprocess
 from edgeslm.errors import BundleError, EngineError, RecipeError
 from edgeslm.runtime.runner import RunnerOptions
 
@@ -72,10 +72,15 @@ def test_the_request_holds_every_argument() -> None:
     )  # fmt: skip
     assert request.pop("options")["kv_type"] == "q8_0"
     assert request == {
-        "artifact": "x.gguf", "prompt_tokens": [1, 2], "decode_tokens": [3], "threads": [4], "repetitions": 6,
-        "seed": 7,
+        "what": "model", "artifact": "x.gguf", "prompt_tokens": [1, 2], "decode_tokens": [3], "threads": [4],
+        "repetitions": 6, "seed": 7,
     }  # fmt: skip
     assert json.dumps(request)
+    assert bench_classifier_in_subprocess(
+        "bundle", batch_sizes=(1, 8), threads=(4,), repetitions=6, seed=7, command=python(program)
+    ) == {
+        "what": "classifier", "artifact": "bundle", "batch_sizes": [1, 8], "threads": [4], "repetitions": 6, "seed": 7,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("signal", "hint"), [("SIGILL", "edgeslm doctor"), ("SIGKILL", "not enough memory")])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeslm.bench import plots
+from edgeslm.bench import plots, svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 numbers = st.floats(-1e12, 1e12)
@@ -38,7 +38,7 @@ def texts(svg: str, name: str) -> list[str]:
 @given(numbers, numbers)
 def test_linear_ticks_are_round_even_and_inside(one: float, other: float) -> None:
     low, high = sorted((one, other))
-    ticks = plots.linear_ticks(low, high)
+    ticks = svg.linear_ticks(low, high)
     if high - low < 1e-6 * max(abs(low), abs(high), 1e-3):
         return  # closer than a label could say
     slack = (high - low) * 1e-6
@@ -52,16 +52,16 @@ def test_linear_ticks_are_round_even_and_inside(one: float, other: float) -> Non
 
 
 def test_linear_ticks_known() -> None:
-    assert plots.linear_ticks(0, 366) == [0, 100, 200, 300]
-    assert plots.linear_ticks(13.8, 17.5) == [14, 15, 16, 17]
-    assert plots.linear_ticks(0.0, 0.0874) == [0, 0.02, 0.04, 0.06, 0.08]
-    assert plots.linear_ticks(3, 3) == [3]
+    assert svg.linear_ticks(0, 366) == [0, 100, 200, 300]
+    assert svg.linear_ticks(13.8, 17.5) == [14, 15, 16, 17]
+    assert svg.linear_ticks(0.0, 0.0874) == [0, 0.02, 0.04, 0.06, 0.08]
+    assert svg.linear_ticks(3, 3) == [3]
 
 
 @given(positive, positive)
 def test_log_ticks_are_round_and_inside(one: float, other: float) -> None:
     low, high = sorted((one, other))
-    ticks = plots.log_ticks(low, high)
+    ticks = svg.log_ticks(low, high)
     assert len(ticks) <= 6
     assert ticks == sorted(set(ticks))
     for tick in ticks:
@@ -71,8 +71,8 @@ def test_log_ticks_are_round_and_inside(one: float, other: float) -> None:
 
 
 def test_log_ticks_known() -> None:
-    assert plots.log_ticks(0.04, 3.4) == [0.05, 0.1, 0.2, 0.5, 1, 2]
-    assert plots.log_ticks(1e-4, 10) == [1e-4, 1e-3, 1e-2, 0.1, 1, 10]
+    assert svg.log_ticks(0.04, 3.4) == [0.05, 0.1, 0.2, 0.5, 1, 2]
+    assert svg.log_ticks(1e-4, 10) == [1e-4, 1e-3, 1e-2, 0.1, 1, 10]
 
 
 @given(numbers, numbers, st.floats(0, 1))
@@ -80,16 +80,16 @@ def test_scale_is_linear(one: float, other: float, share: float) -> None:
     low, high = sorted((one, other))
     if high - low < 1e-3:
         return
-    scale = plots.Scale(low=low, high=high, start=0, end=100)
+    scale = svg.Scale(low=low, high=high, start=0, end=100)
     assert scale.at(low + share * (high - low)) == pytest.approx(share * 100, abs=1e-3)
     assert scale.at(high * 2 + 1 if high > 0 else 1e13) == 100
 
 
 def test_scale_logarithmic() -> None:
-    scale = plots.Scale(low=0.01, high=100, start=0, end=100, logarithmic=True)
+    scale = svg.Scale(low=0.01, high=100, start=0, end=100, logarithmic=True)
     assert [scale.at(value) for value in (0.01, 0.1, 1, 10, 100)] == pytest.approx([0, 25, 50, 75, 100])
     assert scale.at(0) == 0
-    assert plots.Scale(low=5, high=5, start=0, end=100).at(5) == 50
+    assert svg.Scale(low=5, high=5, start=0, end=100).at(5) == 50
 
 
 def test_bars_are_as_long_as_their_values() -> None:
@@ -193,18 +193,18 @@ def test_any_numbers_make_one_well_formed_element(pairs: list[tuple[float, float
         plots.stacks("s", label, parts),
         plots.scatter("p", label, points, x_unit=label, y_unit=label),
     ]
-    for svg in made:
-        root = parse(svg)
+    for plot in made:
+        root = parse(plot)
         assert root.tag == SVG + "svg"
         assert not list(root.iter(SVG + "script"))
-        assert "nan" not in svg.replace(label, "")
+        assert "nan" not in plot.replace(label, "")
         named = root.attrib["aria-labelledby"].split()
         assert [each.get("id") for each in root if each.tag in (SVG + "title", SVG + "desc")] == named
 
 
 def test_empty_rows_make_an_empty_plot() -> None:
-    for svg in (plots.bars("b", "B", [], unit="x"), plots.stacks("s", "S", [])):
-        assert parse(svg).tag == SVG + "svg"
+    for plot in (plots.bars("b", "B", [], unit="x"), plots.stacks("s", "S", [])):
+        assert parse(plot).tag == SVG + "svg"
 
 
 def test_labels_of_two_lines_become_one_where_every_row_has_room() -> None:

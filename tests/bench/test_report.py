@@ -22,7 +22,7 @@ from edgeslm.bundle import open_bundle, write_bundle
 from edgeslm.errors import DataError
 from edgeslm.gguf_file import read_gguf
 from edgeslm.inspection import inspect_model
-from tests import records
+from tests import learned_records, records
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,6 +83,14 @@ def several() -> dict[str, Any]:
     ])  # fmt: skip
 
 
+def classifiers() -> dict[str, Any]:
+    spoiled = learned_records.predict(21_000.0, 32, valid=False, reasons=[records.NOISY])
+    return report_document([
+        learned_records.build(), learned_records.task_quality("gru", skill=4.0),
+        learned_records.bench("gru", [learned_records.predict(5200.0), spoiled]),
+    ])  # fmt: skip
+
+
 DOCUMENTS = {
     "one": one,
     "several": several,
@@ -90,7 +98,23 @@ DOCUMENTS = {
     "only bench": lambda: report_document([records.bench()]),
     "only bundle": lambda: report_document([records.bundle(kinds=None)]),
     "bare": lambda: report_document([{"schema": "edgeslm.bench/1"}]),
-}
+    "classifier": lambda: report_document([learned_records.build()]),
+    "classifiers": classifiers,
+    "grades": lambda: report_document([
+        learned_records.task_quality(classes=learned_records.GRADES, skill=1.5, ordinal=True)
+    ]),
+    "many classes": lambda: report_document([
+        learned_records.task_quality(classes=tuple(f"department {i} of the company" for i in range(14)), skill=0.8)
+    ]),
+    "sensors": lambda: report_document([
+        learned_records.build(quality=learned_records.deployed_quality(), data=learned_records.sensor_data())
+    ]),
+    "language": lambda: report_document([learned_records.language_build()]),
+    "stages alone": lambda: report_document([
+        learned_records.training(None), learned_records.prune(), learned_records.sensor_data(),
+        learned_records.checkpoint(),
+    ]),
+}  # fmt: skip
 
 
 @pytest.fixture(params=DOCUMENTS)
@@ -117,6 +141,8 @@ def test_page_is_well_formed_accessible_and_alone(document: dict[str, Any]) -> N
     assert page.all("html")[0]["lang"] == "en"
     assert "width=device-width" in [each.get("content", "").split(",")[0] for each in page.all("meta")]
     for figure in page.all("svg"):
+        if "aria-hidden" in figure:  # the stretched box of a curve, within its plot
+            continue
         assert figure["role"] == "img"
         assert len(figure["aria-labelledby"].split()) == 2
     assert len(page.all("table")) == len(page.all("caption"))
@@ -167,6 +193,71 @@ def test_invalid_speed_is_never_quoted_bare() -> None:
     )
 
 
+def test_what_a_classifier_s_report_says_in_every_form() -> None:
+    document = DOCUMENTS["sensors"]()
+    page = " ".join(" ".join(Page(report.render_html(document)).words).split())
+    markdown = report.render_markdown(document)
+    for said in (
+        "batch of 1, 256 tokens, 2 threads", "590 examples/s", "failure from a probability of 4.8 % on",
+        "failure 1.0 %, normal 99.0 % (in training 20.0 %, 80.0 %)", "Calibration",
+        "3,111 windows (40 failure, 3,071 normal), 16 rows each, 9 units", "the channel crest never changes",
+        "240 steps, 3.00 epochs, stopped early, weights of step 150", "accuracy 98.50 %",
+    ):  # fmt: skip
+        assert said in page, said
+        assert said in markdown, said
+    language = report.render_markdown(DOCUMENTS["language"]())
+    for said in (
+        "perplexity 15.03 -> 9.910",
+        "| layers | 30 | 24 | 80.0 % |",
+        "5, 8, 11, 16, 19, 22",
+        "921.6 k",
+    ):
+        assert said in language, said
+
+
+def test_confusion_that_is_not_square_is_left_out() -> None:
+    for change in (
+        {"confusion": [[1, 2]]},
+        {"confusion": [[1], [2]]},
+        {"confusion": None},
+        {"classes": None},
+    ):
+        document = report_document([learned_records.task_quality() | change])
+        assert 'aria-labelledby="confusion' not in report.render_html(document)
+    whole = report_document([learned_records.task_quality()])
+    assert 'aria-labelledby="confusion-0-title' in report.render_html(whole)
+
+
+def test_two_students_are_drawn_by_size_and_loss() -> None:
+    html = report.render_html(classifiers())
+    assert 'aria-labelledby="size-loss-title' in html
+    assert 'aria-labelledby="task-accuracy-title' in html
+    assert "INVALID 21.0 k examples/s" in " ".join(Page(html).words)
+
+
+def test_commands_of_a_classifier_repeat_the_measurement() -> None:
+    text = report.render_markdown(
+        report_document([learned_records.deployed_quality(), learned_records.bench()])
+    )
+    assert (
+        "--text mails.tsv --prior failure=0.01 --prior normal=0.99 --cost failure=20 --cost normal=1" in text
+    )
+    assert "edgeslm bench out/classify-email-encoder -t 2 -r 5\n" in text
+
+
+def test_an_onnx_bundle_brings_its_tensors(tmp_path: Path) -> None:
+    from tests import onnx_models
+
+    bundle = onnx_models.write_classifier(tmp_path / "b")
+    record = bundle_record(bundle)
+    assert {kind["kind"]: kind["parameters"] for kind in record["kinds"]} == {
+        "embedding": 50, "head": 15, "bias": 3, "one": 1, "two": 1,
+    }  # fmt: skip
+    text = report.render_markdown(report_document([record]))
+    assert "| classes | ham, spam, other |" in text
+    assert "| reads | texts up to 6 tokens |" in text
+
+
 def test_scatter_needs_two_results_with_both() -> None:
     assert 'aria-labelledby="size-kl-title' in report.render_html(several())
     assert "size-kl-title" not in report.render_html(one())
@@ -198,7 +289,12 @@ def poison(value: Any) -> Any:
 
 
 def test_hostile_names_are_inert() -> None:
-    poisoned = [poison(each) for each in (records.bundle(), records.build(), records.invalid_bench("Q4_K_M"))]
+    given_records = (
+        records.bundle(), records.build(), records.invalid_bench("Q4_K_M"), learned_records.build(),
+        learned_records.prune(), learned_records.sensor_data(),
+        learned_records.task_quality("gru", classes=(HOSTILE, HOSTILE * 2, "x")),
+    )  # fmt: skip
+    poisoned = [poison(each) for each in given_records]
     types = poisoned[0]["manifest"]["quantization"]["types"]
     types[HOSTILE] = {"tensors": 1, "parameters": 64, "bytes": 64}
     document = report_document(poisoned)
@@ -291,7 +387,12 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 @given(st.randoms(use_true_random=False))
 def test_any_value_may_be_missing(random: Random) -> None:
     """Null or absent, anywhere in any record: the rest is still shown."""
-    pool = [records.bundle(), records.build(), records.quality("Q8_0"), records.invalid_bench()]
+    pool = [
+        records.bundle(), records.build(), records.quality("Q8_0"), records.invalid_bench(),
+        learned_records.build(data=learned_records.sensor_data()), learned_records.language_build(),
+        learned_records.deployed_quality(), learned_records.bench("gru"), learned_records.checkpoint(),
+        learned_records.training(None, steps=16), learned_records.prune(), learned_records.data(),
+    ]  # fmt: skip
     chosen = copy.deepcopy(random.sample(pool, random.randint(1, 3)))
     for holder, key in random.sample(places(chosen), 12):
         if random.random() < 0.5:
@@ -334,6 +435,10 @@ def written(path: Path, content: bytes | str | Any) -> Path:
         (records.quality() | {"confidence": 10**400}, "not a number"),
         (records.quality() | {"confidence": True}, "confidence is True, not a number"),
         (records.build() | {"stages": [7]}, "stages[0] is 7, not an object"),
+        (learned_records.task_quality() | {"confusion": [["1"]]}, "confusion[0][0] is '1', not a number"),
+        (learned_records.training(None) | {"curve": [{"step": "x"}]}, "curve[0].step is 'x', not a number"),
+        (learned_records.prune(before={"influence": ["x"]}), "before.influence[0] is 'x', not a number"),
+        (learned_records.data() | {"train": {"classes": {"a": "x"}}}, "train.classes.a is 'x', not a number"),
     ],
 )  # fmt: skip
 def test_what_is_no_record_is_named(tmp_path: Path, content: Any, said: str) -> None:
@@ -487,7 +592,9 @@ MEASURE = """<!doctype html><meta charset="utf-8"><body style="margin:0">
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 390, 1200])
-@pytest.mark.parametrize("name", ["one", "several"])
+@pytest.mark.parametrize(
+    "name", ["one", "several", "classifiers", "grades", "many classes", "sensors", "language", "stages alone"]
+)
 def test_page_fits_every_screen_and_asks_for_nothing(name: str, width: int, tmp_path: Path) -> None:
     """In Chromium: nothing is wider than the window, no plot's text is cut, nothing is requested."""
     html = report.render_html(DOCUMENTS[name]())

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from edgeslm.errors import DataError, EdgeslmError, ModelError
 from edgeslm.gguf_file import read_gguf
-from edgeslm.recipe import CalibrateSpec
 from edgeslm.runtime.template import render_chat
+from edgeslm.specs import CalibrateSpec
 from edgeslm.stages import calibrate
 from edgeslm.stages.checkpoint import resolve
 from edgeslm.stages.data import Document, documents
@@ -136,7 +136,7 @@ def test_the_matrix_equals_a_forward_pass_in_numpy(tmp_path: Path, tied: bool) -
 )
 def test_every_family_has_a_place_for_each_weight(tmp_path: Path, family: str) -> None:
     pytest.importorskip("transformers")
-    from edgeslm.recipe import QuantizeSpec
+    from edgeslm.specs import QuantizeSpec
     from edgeslm.stages import export_gguf
     from tests.models import write_hf_model
 
@@ -327,7 +327,7 @@ def test_the_matrix_equals_llama_imatrix(smollm2_gguf: Path, tmp_path: Path) -> 
     if tool is None:
         pytest.skip("llama-imatrix is not on PATH; benchmarks/ builds it")
     pytest.importorskip("transformers")
-    from edgeslm.recipe import QuantizeSpec
+    from edgeslm.specs import QuantizeSpec
     from edgeslm.stages import export_gguf
 
     model = export_gguf.run(resolve(str(smollm2_gguf)), QuantizeSpec(scheme="F32"), tmp_path / "m.gguf").path

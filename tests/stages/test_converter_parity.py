@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edgeslm.gguf_file import read_gguf
-from edgeslm.recipe import QuantizeSpec
+from edgeslm.specs import QuantizeSpec
 from edgeslm.stages import export_gguf
 from edgeslm.stages.checkpoint import resolve
 from tests.models import FAMILIES, write_hf_model

@@ -18,7 +18,7 @@ import pytest
 
 from edgeslm.errors import EdgeslmError, ModelError, RecipeError
 from edgeslm.gguf_file import read_gguf, tensor_bytes
-from edgeslm.recipe import QuantizeSpec
+from edgeslm.specs import QuantizeSpec
 from edgeslm.stages import export_gguf
 from edgeslm.stages.checkpoint import Checkpoint, resolve
 from edgeslm.stages.plan import PRESETS
@@ -369,7 +369,7 @@ def test_interrupt_leaves_nothing_and_kill_leaves_no_whole_file(tmp_path: Path) 
     source = write_tiny_gguf(tmp_path / "tiny.gguf", layers=24, hidden=512, heads=8, intermediate=1024)
     code = (
         "import sys; from pathlib import Path; from edgeslm.stages import export_gguf;"
-        "from edgeslm.stages.checkpoint import resolve; from edgeslm.recipe import QuantizeSpec;"
+        "from edgeslm.stages.checkpoint import resolve; from edgeslm.specs import QuantizeSpec;"
         "print('go', flush=True);"
         "export_gguf.run(resolve(sys.argv[1]), QuantizeSpec(scheme='Q4_K_M'), Path(sys.argv[2]), threads=1)"
     )
@@ -399,7 +399,7 @@ def test_memory_is_bounded_by_slabs_not_by_the_model(tmp_path: Path) -> None:
     assert size > 350e6
     code = (
         "import sys, resource; from pathlib import Path; from edgeslm.stages import export_gguf;"
-        "from edgeslm.stages.checkpoint import Checkpoint; from edgeslm.recipe import QuantizeSpec;"
+        "from edgeslm.stages.checkpoint import Checkpoint; from edgeslm.specs import QuantizeSpec;"
         "import gguf; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "c = Checkpoint(path=Path(sys.argv[1]), kind='gguf', name='x', source='x');"
         "export_gguf.run(c, QuantizeSpec(scheme='Q8_0'), Path(sys.argv[2]), threads=2);"

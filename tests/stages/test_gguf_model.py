@@ -9,7 +9,7 @@ import pytest
 
 from edgeslm.errors import ModelError
 from edgeslm.gguf_file import Field, read_gguf
-from edgeslm.recipe import QuantizeSpec
+from edgeslm.specs import QuantizeSpec
 
 if TYPE_CHECKING:
     from pathlib import Path

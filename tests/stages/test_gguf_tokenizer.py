@@ -28,7 +28,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A GGUF file of a tiny model with a tokenizer of the given style."""
     pytest.importorskip("transformers")
     pytest.importorskip("llama_cpp")
-    from edgeslm.recipe import QuantizeSpec
+    from edgeslm.specs import QuantizeSpec
     from edgeslm.stages import export_gguf
     from edgeslm.stages.checkpoint import resolve
     from tests.models import write_hf_model

@@ -1,0 +1,49 @@
+"""The commands that talk to a model: chat and generate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgeslm.options import ARTIFACT, json_option, runner_options, sampling_options
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command()
+@click.argument("artifact", type=ARTIFACT)
+@click.option("--system", help="The system message.")
+@click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads of the engine.")
+@sampling_options
+@runner_options
+@json_option
+def chat(artifact: Path, system: str | None, as_json: bool, **options: Any) -> None:
+    """Talk to ARTIFACT with its own chat template; a pipe is read as one message.
+
+    \b
+    Example:  edgeslm chat smollm2-q4
+              echo "What is a list comprehension?" | edgeslm chat smollm2-q4 --temperature 0
+    """
+    from edgeslm.runtime.chat import chat_session
+
+    chat_session(artifact, system=system, as_json=as_json, **options)
+
+
+@click.command()
+@click.argument("artifact", type=ARTIFACT)
+@click.argument("prompt", required=False)
+@click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads of the engine.")
+@sampling_options
+@runner_options
+@json_option
+def generate(artifact: Path, prompt: str | None, as_json: bool, **options: Any) -> None:
+    """Continue PROMPT (or standard input) with no chat template.
+
+    \b
+    Example:  edgeslm generate smollm2-q4 "The capital of France is" --temperature 0 -n 16
+    """
+    from edgeslm.runtime.chat import generate_once
+
+    generate_once(artifact, prompt, as_json=as_json, **options)
