@@ -1,5 +1,6 @@
 # make demo         a real model, quantized, verified and measured, in build/quickstart
 # make test         the tests (minutes); make test-slow: the long ones too
+# (one thread each: the models of the tests are tiny, and a busy machine does not stall them)
 # make test-device  the device half's tests, in an environment without torch
 # make lint types   ruff and mypy
 #
@@ -27,7 +28,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/edgeslm build recipes/quickstart.toml --out build/quickstart
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -q -m "not slow" $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m "not slow" $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -q -m slow --timeout=1800 $(PYTEST_FLAGS)

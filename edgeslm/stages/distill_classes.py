@@ -192,13 +192,16 @@ def _train(
     measure: Measure,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Train the student on the teacher's logits: the record of it, and what both do on the held-out examples."""
-    from edgeslm.stages.train import train
+    from edgeslm.stages.train import processes, train
 
     data, given = lesson.train, lesson.heldout is not None and len(lesson.heldout) > 0
+    device = processes().device
+    guide.to(device)
 
     def logits(items: Sequence[dict[str, Any]]) -> Any:
         batch = collate(list(items))
-        return guide(*(batch[name] for name in inputs))
+        with answers.answering(guide):
+            return guide(*(batch[name].to(device) for name in inputs))
 
     path = lesson.work / f"teacher-{answers.key(lesson.teacher.digest, answers.dataset_digest(data))}.bin"
     kept = teacher_answers(

@@ -187,10 +187,15 @@ def _material(
     made_of += [spec.cache_top_k, spec.temperature, teacher.width]
     path = lesson.work / f"teacher-{answers.key(*made_of)}.bin"
     device = _to_accelerator(guide)
+
+    def logits(ids: Any) -> Any:
+        with answers.answering(guide):
+            return teacher(ids.to(device)).logits
+
     kept = teacher_answers(
         lambda: answers.cache_top_k(
-            lambda ids: teacher(ids.to(device)).logits, data, path, k=spec.cache_top_k or 0,
-            vocabulary=teacher.width, temperature=spec.temperature, progress=lesson.progress,
+            logits, data, path, k=spec.cache_top_k or 0, vocabulary=teacher.width,
+            temperature=spec.temperature, progress=lesson.progress,
         )
     )  # fmt: skip
     guide.cpu()
@@ -216,10 +221,10 @@ def end_tokens(model: Any) -> tuple[int, ...]:
 
 
 def _to_accelerator(model: Any) -> Any:
-    """Move a model to the GPU where there is one; the device."""
-    import torch
+    """Move a model to where it is trained; the device."""
+    from edgeslm.stages.train import processes
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = processes().device
     model.to(device)
     return device
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.stages.teacher import Records, fill
+from edgeslm.stages.teacher import Records, answering, fill
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -137,9 +137,10 @@ class Writer:
         grown = max(len(theirs) - len(ours) for theirs, ours in zip(asked, prompts, strict=True))
         with torch.random.fork_rng():
             torch.manual_seed(int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
-            written = continue_texts(
-                self.teacher, asked, context + max(0, grown), end=self.ends, width=self.width
-            )
+            with answering(self.teacher):
+                written = continue_texts(
+                    self.teacher, asked, context + max(0, grown), end=self.ends, width=self.width
+                )
         texts = [self._to_student(prompt, text) for prompt, text in zip(asked, written, strict=True)]
         return as_blocks(prompts, texts, context, self._pad)
 

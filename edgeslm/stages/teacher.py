@@ -23,6 +23,7 @@ from edgeslm.errors import DataError, EdgeslmError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -102,6 +103,17 @@ def fill(
         raise EdgeslmError(
             f"can't write {records.path}: {error.strerror or error}", hint=way_out(error)
         ) from error
+
+
+def answering(model: Any) -> AbstractContextManager[None]:
+    """Products in bfloat16 inside where training would have them too; the model does not move."""
+    import torch
+
+    from edgeslm.stages.schedule import suited_precision
+
+    device = next(model.parameters()).device
+    quick = suited_precision(device, model) == "bfloat16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=quick)
 
 
 def key(*parts: Any) -> str:
