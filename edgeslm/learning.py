@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from edgeslm.stages.checkpoint import Checkpoint
     from edgeslm.work import Work
 
-STAGES = ("simulate", "data", "finetune", "prune", "distill")
+STAGES = ("simulate", "prove", "data", "finetune", "prune", "distill")
 """The stages that keep a result, in their order."""
 CALIBRATION_CONTEXT = 512
 """Tokens of a window that pruning measures importance on."""
@@ -62,6 +62,8 @@ def learn(recipe: Recipe, checkpoint: Checkpoint | None, store: Work) -> Learned
         return _learn_sensors(recipe, checkpoint, store)
     assert checkpoint is not None
     learned = Learned(checkpoint=checkpoint)
+    if recipe.prune is not None and recipe.finetune is not None:
+        _prove(recipe, checkpoint, store)
     if recipe.finetune is not None:
         _finetune(recipe, learned, store)
     teacher = learned.checkpoint
@@ -226,6 +228,22 @@ def sources_digest(sources: Sequence[str], recipe: Recipe) -> str:
 
 
 # --- language models and text classifiers ---
+
+
+def _prove(recipe: Recipe, checkpoint: Checkpoint, store: Work) -> None:
+    """Show on a tiny copy that what pruning will leave can be exported, before hours go into training."""
+    from edgeslm.stages import prune
+
+    spec = recipe.prune
+    assert spec is not None
+
+    def produce(directory: Path) -> None:
+        prune.prove(checkpoint, spec, seed=recipe.seed, progress=store.progress)
+        (directory / "proved.json").write_text("{}", encoding="utf-8")
+
+    versions = chosen_versions("edgeslm", "torch", "transformers", "gguf", "llama_cpp_python")
+    inputs = {"spec": asdict(spec), "model": checkpoint.digest, "seed": recipe.seed, "versions": versions}
+    store.stage("prove", inputs, produce)
 
 
 def _finetune(recipe: Recipe, learned: Learned, store: Work) -> None:

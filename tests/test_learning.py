@@ -84,6 +84,7 @@ def language(tmp_path: Path) -> Path:
 def test_a_language_model_from_text_to_bundle(language: Path) -> None:
     result = build(language)
     assert ran(result) == [
+        "prove",
         "data",
         "finetune",
         "prune",
@@ -109,7 +110,7 @@ def test_a_language_model_from_text_to_bundle(language: Path) -> None:
     assert ran(again) == []
     changed = (language / "r.toml").read_text().replace("drop_layers = 1", "drop_layers = 2")
     write(language, changed)
-    assert ran(build(language)) == ["prune", "distill", "calibrate", "quantize", "evaluate", "bench"]
+    assert ran(build(language)) == ["prove", "prune", "distill", "calibrate", "quantize", "evaluate", "bench"]
 
 
 @pytest.mark.workstation

@@ -1,8 +1,8 @@
 """What layers, channels and heads do to a model's output, measured on text.
 
 Layers by block influence (ShortGPT, arXiv:2403.03853, section 3.1) or by what leaving them out does to
-the loss (SLEB, arXiv:2402.09025); channels and heads by their activations (Minitron, arXiv:2407.14679,
-section 2.2).
+the loss (Kim et al. 2024, arXiv:2402.02834, section 3.1); channels and heads by their activations
+(Minitron, arXiv:2407.14679, section 2.2).
 
 W windows of C tokens, L layers, H hidden, I MLP channels, K key-value heads.
 """

@@ -340,10 +340,10 @@ def _parquet(path: Path) -> Numbered:
 
 
 def _hub_rows(source: str) -> Numbered:
+    name, config, split = _hub_parts(source)
     with _hub_errors(source):
         from datasets import load_dataset
 
-        name, config, split = _hub_parts(source)
         found = load_dataset(name, config, split=split, streaming=True)
         features = (found.features or {}).items()
         classes = {column: feature.int2str for column, feature in features if hasattr(feature, "int2str")}
