@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgeslm.errors import RecipeError
+from edgeslm.recipe_tables import ONNX_SCHEMES, SCHEMES
 
 if TYPE_CHECKING:
     from edgeslm.recipe import Recipe
+    from edgeslm.specs import QuantizeSpec
 
-FORMATS = {"causal-lm": "gguf", "text-classification": "onnx", "sensor-classification": "onnx"}
-"""Task to the format that its bundles have."""
+FORMATS = {
+    "causal-lm": ("gguf", "onnx"),
+    "text-classification": ("onnx",),
+    "sensor-classification": ("onnx",),
+}
+"""Task to the formats that its bundles may have, the usual one first."""
 TABLES_OF = {
     "windows": ("sensor-classification",),
     "simulate": ("sensor-classification",),
@@ -55,16 +61,31 @@ def _check_task(recipe: Recipe, where: str, given: frozenset[str]) -> None:
         raise RecipeError(
             f"{where}: the top level: 'model' is missing", hint="it holds a string: a model source"
         )
-    wanted = FORMATS[recipe.task]
-    if recipe.quantize.format != wanted:
+    check_quantize(recipe.quantize, recipe.task, f"{where}: [quantize]")
+
+
+def check_quantize(spec: QuantizeSpec, task: str, where: str) -> None:
+    """Raise RecipeError for a format or scheme that the task does not have.  where: file and table."""
+    formats = FORMATS[task]
+    if spec.format not in formats:
         raise RecipeError(
-            f"{where}: [quantize] format = {recipe.quantize.format!r} can't hold the task {recipe.task}",
-            hint=f"set format = {wanted!r}, or leave [quantize] out",
+            f"{where} format = {spec.format!r} can't hold the task {task}",
+            hint=f"set format = {formats[0]!r}, or leave [quantize] out",
         )
-    if wanted == "onnx" and recipe.quantize.scheme != "F32":
+    schemes = SCHEMES if spec.format == "gguf" else ONNX_SCHEMES
+    if spec.scheme not in schemes:
         raise RecipeError(
-            f"{where}: [quantize] scheme = {recipe.quantize.scheme!r} is not written to ONNX by this version",
-            hint="set scheme = 'F32'",
+            f"{where} scheme = {spec.scheme!r} is not of the format {spec.format}",
+            hint=f"one of {', '.join(schemes)}",
+        )
+    if spec.scheme == "int8-static" and task == "causal-lm":
+        raise RecipeError(
+            f"{where} scheme = 'int8-static' has no meaning for the task {task}",
+            hint="fixed ranges of activations are for classifiers: take int8-dynamic",
+        )
+    if spec.types and spec.format == "onnx":
+        raise RecipeError(
+            f"{where} types has no meaning for the format onnx", hint="set sensitive in [quantize.onnx]"
         )
 
 

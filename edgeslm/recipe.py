@@ -1,6 +1,6 @@
 """A recipe: what to build, out of what, held to which bounds.  TOML in, frozen dataclasses out.
 
-The defaults live in edgeslm.specs, the allowed values in TABLES; a test holds one against the other.
+The defaults live in edgeslm.specs, the allowed values in edgeslm.recipe_tables.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from edgeslm.consistency import check_together
 from edgeslm.errors import RecipeError
+from edgeslm.recipe_tables import TABLES, TOP, Pairs, Table
 from edgeslm.schema import Key, read_table, read_toml, shipped_folder, unknown_name
 from edgeslm.specs import (
-    TASKS,
     BenchSpec,
     CalibrateSpec,
     ColumnsSpec,
@@ -30,20 +30,11 @@ from edgeslm.specs import (
     QuantizeSpec,
     ScrubSpec,
     SimulateSpec,
-    StudentSpec,
-    TrainSpec,
     WindowSpec,
 )
 
-TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_0", "Q5_1", "Q4_0",
-                "Q4_1", "IQ4_NL", "IQ4_XS")  # fmt: skip
-"""Types that a tensor of an export can have."""
-
-SCHEMES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL", "IQ4_XS", "F16", "BF16", "F32",
-           "Q5_0", "Q5_1", "Q4_1", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "Q5_K", "Q4_K", "Q3_K")  # fmt: skip
-"""Presets that a scheme may name, as edgeslm.stages.plan has them (a test compares the two)."""
-
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+USUAL_SCHEMES = {"causal-lm": "int4", "classification": "int8-dynamic"}
+"""Kind of task to the scheme of an ONNX model when a recipe names none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,165 +72,6 @@ class Recipe:
     base: Path
 
 
-class Table(NamedTuple):
-    """A table of a recipe: the dataclass that it becomes and what its keys may hold.
-
-    A key may be a table itself, or Pairs: a table whose keys are the user's own.
-    """
-
-    make: Any
-    keys: dict[str, Key | Table | Pairs]
-    optional: bool = False
-    """Whether a missing table is None, rather than its defaults."""
-
-
-class Pairs(NamedTuple):
-    """A table of the user's own keys, each with a value of this kind; patterns: the keys are regular expressions."""
-
-    value: Key
-    patterns: bool = False
-
-
-TOP = {
-    "name": Key(kind="string", required=True, pattern=NAME),
-    "task": Key(kind="string", required=True, choices=TASKS),
-    "model": Key(kind="string"),
-    "device": Key(kind="string"),
-    "seed": Key(kind="integer", low=0, high=2**32 - 1),
-    "licence": Key(kind="string"),
-}
-
-POSITIVE = 1e-12
-TRAIN = Table(TrainSpec, {
-    "epochs": Key(kind="number", low=POSITIVE, high=10_000),
-    "max_steps": Key(kind="integer", low=1, high=10**9),
-    "learning_rate": Key(kind="number", low=POSITIVE, high=10),
-    "batch_size": Key(kind="integer", low=1, high=2**20),
-    "micro_batch": Key(kind="integer", low=1, high=2**20),
-    "context": Key(kind="integer", low=8, high=2**20),
-    "patience": Key(kind="integer", low=1, high=10_000),
-    "gradient_checkpointing": Key(kind="boolean"),
-})  # fmt: skip
-
-TABLES: dict[str, Table] = {
-    "data": Table(DataSpec, {
-        "train": Key(kind="strings"),
-        "calibration": Key(kind="strings"),
-        "heldout": Key(kind="strings"),
-        "heldout_every": Key(kind="integer", low=2, high=10_000),
-        "completion_only": Key(kind="boolean"),
-        "max_bad_rows": Key(kind="number", low=0, high=1),
-        "licence": Key(kind="string"),
-    }),
-    "columns": Table(ColumnsSpec, {
-        "text": Key(kind="string"),
-        "label": Key(kind="string"),
-        "labels": Key(kind="strings"),
-        "ordinal": Key(kind="boolean"),
-        "channels": Key(kind="strings"),
-        "time": Key(kind="string"),
-        "unit": Key(kind="string"),
-    }),
-    "windows": Table(WindowSpec, {
-        "rows": Key(kind="integer", low=1, high=2**20),
-        "stride": Key(kind="integer", low=1, high=2**20),
-        "normalize": Key(kind="string", choices=("standard", "robust")),
-        "max_gap": Key(kind="number", low=1),
-        "max_missing": Key(kind="number", low=0, high=1),
-    }),
-    "simulate": Table(SimulateSpec, {
-        "units": Key(kind="integer", low=4, high=10_000),
-        "seed": Key(kind="integer", low=0, high=2**32 - 1),
-        "sample_hz": Key(kind="number", low=64, high=10**6),
-        "shaft_hz": Key(kind="number", low=0.1, high=10**4),
-        "fault_ratio": Key(kind="number", low=0.1, high=100),
-        "life_s": Key(kind="number", low=10, high=10**7),
-        "noise": Key(kind="number", low=0, high=1000),
-        "warning_s": Key(kind="number", low=1, high=10**7),
-    }, optional=True),
-    "scrub": Table(ScrubSpec, {
-        "emails": Key(kind="boolean"),
-        "phones": Key(kind="boolean"),
-        "ibans": Key(kind="boolean"),
-        "cards": Key(kind="boolean"),
-        "addresses": Key(kind="boolean"),
-        "names": Key(kind="strings"),
-    }, optional=True),
-    "finetune": Table(FinetuneSpec, {
-        "method": Key(kind="string", choices=("full", "lora", "dora", "head-only")),
-        "rank": Key(kind="integer", low=1, high=4096),
-        "alpha": Key(kind="number", low=POSITIVE, high=4096),
-        "network": Key(kind="string", choices=("gru", "lstm")),
-        "units": Key(kind="integer", low=1, high=4096),
-        "train": TRAIN,
-    }, optional=True),
-    "prune": Table(PruneSpec, {
-        "drop_layers": Key(kind="integer", low=1, high=1000),
-        "layers_by": Key(kind="string", choices=("cosine", "perplexity")),
-        "mlp_width": Key(kind="integer", low=32, high=2**20),
-        "kv_heads": Key(kind="integer", low=1, high=1024),
-        "hidden_size": Key(kind="integer", low=32, high=2**20),
-        "vocabulary": Key(kind="boolean"),
-        "target": Key(kind="number", low=POSITIVE, high=1e13),
-        "multiple": Key(kind="integer", low=1, high=4096),
-    }, optional=True),
-    "distill": Table(DistillSpec, {
-        "teacher": Key(kind="string"),
-        "mode": Key(kind="string", choices=("logits", "sequence", "on-policy")),
-        "divergence": Key(kind="string", choices=("forward", "reverse", "js")),
-        "temperature": Key(kind="number", low=POSITIVE, high=1000),
-        "hard_weight": Key(kind="number", low=0, high=1),
-        "hidden_weight": Key(kind="number", low=0, high=10**6),
-        "attention_weight": Key(kind="number", low=0, high=10**6),
-        "cache_top_k": Key(kind="integer", low=1, high=2**20),
-        "student": Table(StudentSpec, {
-            "kind": Key(kind="string", choices=("pruned", "smaller", "gru", "lstm")),
-            "layers": Key(kind="integer", low=1, high=1000),
-            "embedding": Key(kind="integer", low=1, high=2**16),
-            "units": Key(kind="integer", low=1, high=2**16),
-        }),
-        "train": TRAIN,
-    }, optional=True),
-    "calibrate": Table(CalibrateSpec, {
-        "tokens": Key(kind="integer", low=32, high=10**9),
-        "context": Key(kind="integer", low=16, high=2**20),
-    }),
-    "quantize": Table(QuantizeSpec, {
-        "format": Key(kind="string", choices=("gguf", "onnx")),
-        "scheme": Key(kind="string", choices=SCHEMES),
-        "keep_going": Key(kind="boolean"),
-        "types": Pairs(Key(kind="string", choices=TENSOR_TYPES), patterns=True),
-    }),
-    "decide": Table(DecideSpec, {
-        "prior": Pairs(Key(kind="number", low=POSITIVE, high=1)),
-        "costs": Pairs(Key(kind="number", low=POSITIVE)),
-    }),
-    "evaluate": Table(EvaluateSpec, {
-        "context": Key(kind="integer", low=16, high=2**20),
-        "max_tokens": Key(kind="integer", low=16, high=10**9),
-    }),
-    "gate": Table(GateSpec, {
-        "max_kl_nats": Key(kind="number", low=0),
-        "min_top1_agreement": Key(kind="number", low=0, high=1),
-        "max_perplexity_ratio": Key(kind="number", low=0),
-        "min_accuracy": Key(kind="number", low=0, high=1),
-        "min_macro_f1": Key(kind="number", low=0, high=1),
-        "max_file_bytes": Key(kind="integer", low=1),
-        "min_decode_tokens_per_s": Key(kind="number", low=0),
-        "max_peak_rss_bytes": Key(kind="integer", low=1),
-    }),
-    "bench": Table(BenchSpec, {
-        "prompt_tokens": Key(kind="integers", low=1, high=2**20),
-        "decode_tokens": Key(kind="integers", low=1, high=2**20),
-        "batch_sizes": Key(kind="integers", low=1, high=2**16),
-        "threads": Key(kind="integers", low=1, high=4096),
-        "repetitions": Key(kind="integer", low=1, high=10_000),
-        "context": Key(kind="integer", low=8, high=2**20),
-    }),
-}  # fmt: skip
-"""Every table of a recipe."""
-
-
 def load_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe.  Raises RecipeError naming the table, the key and the value at fault."""
     path = Path(path)
@@ -261,8 +93,7 @@ def read_recipe(data: dict[str, Any], *, where: str, text: str, base: Path) -> R
     }
     if top.get("device", "").endswith(".toml"):
         top["device"] = str(base / top["device"])
-    if top["task"] != "causal-lm" and "quantize" not in data:
-        specs["quantize"] = QuantizeSpec(format="onnx", scheme="F32")
+    specs["quantize"] = _with_defaults(specs["quantize"], data.get("quantize", {}), top["task"])
     if specs["data"].train and not specs["data"].calibration:
         specs["data"] = replace(specs["data"], calibration=specs["data"].train)
     recipe = Recipe(
@@ -274,6 +105,15 @@ def read_recipe(data: dict[str, Any], *, where: str, text: str, base: Path) -> R
     )
     check_together(recipe, where, frozenset(name for name in data if name in TABLES))
     return recipe
+
+
+def _with_defaults(spec: QuantizeSpec, given: dict[str, Any], task: str) -> QuantizeSpec:
+    """A classifier is written as float32 ONNX unless told otherwise; each format has a usual scheme."""
+    if task != "causal-lm" and not given:
+        return QuantizeSpec(format="onnx", scheme="F32")
+    if spec.format == "onnx" and "scheme" not in given:
+        return replace(spec, scheme=USUAL_SCHEMES["causal-lm" if task == "causal-lm" else "classification"])
+    return spec
 
 
 def _check_tables(data: dict[str, Any], where: str) -> None:

@@ -39,7 +39,7 @@ class Key:
     required: bool = False
     low: float = -math.inf
     high: float = math.inf
-    choices: tuple[str, ...] = ()
+    choices: tuple[str | int, ...] = ()
     pattern: str = ""
     """Regular expression that the whole string must match."""
 
@@ -87,7 +87,7 @@ def expectation(key: Key) -> str:
     """`key` in words, for messages."""
     words = WORDS[key.kind]
     if key.choices:
-        return f"one of {', '.join(key.choices)}"
+        return f"one of {', '.join(map(str, key.choices))}"
     if key.pattern:
         return f"{words} that matches {key.pattern}"
     if key.low > -math.inf and key.high < math.inf:
@@ -128,7 +128,9 @@ def _read_one(value: Any, key: Key, where: str) -> Any:
         if not isinstance(value, str) or not value:
             raise wrong
         if key.choices and value not in key.choices:
-            raise unknown_name(f"{where} = {_shown(value)} is not allowed", value, key.choices)
+            raise unknown_name(
+                f"{where} = {_shown(value)} is not allowed", value, [str(choice) for choice in key.choices]
+            )
         if key.pattern and not re.fullmatch(key.pattern, value):
             raise wrong
         return value
@@ -136,6 +138,8 @@ def _read_one(value: Any, key: Key, where: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, types):
         raise wrong
     if not (math.isfinite(value) and key.low <= value <= key.high):
+        raise wrong
+    if key.choices and value not in key.choices:
         raise wrong
     return float(value) if key.kind == "number" else value
 

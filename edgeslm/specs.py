@@ -218,6 +218,29 @@ class CalibrateSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnnxSpec:
+    """How the weights of an ONNX model become 8 or 4 bits."""
+
+    block: int = 32
+    """Weights that share a scale, along a row: 4 bits and 8 bits weight-only."""
+    symmetric: bool = True
+    """Scales alone; else a zero point for each block too."""
+    algorithm: str = "search"
+    """How a block's scale is found: search (least weighted error), rtn, hqq, gptq or k-quant."""
+    accuracy_level: int = 4
+    """What activations may become in products with 4 or 8 bits: 0, 1 float32; 2 float16; 3 bfloat16; 4 int8."""
+    target: str | None = None
+    """int8-dynamic, int8-static: the instructions it is for; None: safe on all of them."""
+    observer: str = "min-max"
+    """int8-static: how ranges of activations are measured."""
+    sensitive: float = 0.1
+    """Share of the weights, the most sensitive first, that stay a precision up: float for int8-dynamic and
+    int8-static, 8 bits for int4-int8."""
+    mobile: bool = False
+    """Also write model.ort and the list of operators that a reduced build of ONNX Runtime needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizeSpec:
     """The weights' format and types."""
 
@@ -227,6 +250,7 @@ class QuantizeSpec:
     """(regular expression, type) for single tensors; the first that matches a name counts."""
     keep_going: bool = False
     """Write what can be written when a tensor has NaN or infinity."""
+    onnx: OnnxSpec = field(default_factory=OnnxSpec)
 
 
 @dataclass(frozen=True, kw_only=True)

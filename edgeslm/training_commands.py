@@ -19,7 +19,8 @@ import click
 
 from edgeslm import specs
 from edgeslm.options import emit, json_option, processes_option, progress_for
-from edgeslm.recipe import TABLES, Table, read_recipe
+from edgeslm.recipe import read_recipe
+from edgeslm.recipe_tables import TABLES, Table
 from edgeslm.schema import Key
 
 if TYPE_CHECKING:

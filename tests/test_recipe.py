@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeslm import recipe as module
+from edgeslm import recipe_tables, specs
 from edgeslm.device import load_device
 from edgeslm.errors import RecipeError
 from edgeslm.recipe import load_recipe, recipe_template, write_template
@@ -90,8 +91,8 @@ def test_defaults_and_frozen(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, TOP))
     assert (recipe.device, recipe.seed, recipe.data.calibration) == (None, 0, ())
     assert (recipe.calibrate.tokens, recipe.calibrate.context) == (16384, 512)
-    assert recipe.quantize == module.QuantizeSpec()
-    assert recipe.bench == module.BenchSpec(prompt_tokens=(512,), decode_tokens=(128,), repetitions=5)
+    assert recipe.quantize == specs.QuantizeSpec()
+    assert recipe.bench == specs.BenchSpec(prompt_tokens=(512,), decode_tokens=(128,), repetitions=5)
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.seed = 1  # type: ignore[misc]
 
@@ -126,7 +127,11 @@ def test_defaults_and_frozen(tmp_path: Path) -> None:
         (TRAINED + "[simulate]", ["[simulate]", "no meaning", "sensor-classification"]),
         (CLASSES + "[gate]\nmax_kl_nats = 1", ["max_kl_nats = 1", "belongs to causal-lm"]),
         (CLASSES + "[quantize]\nscheme = 'F32'", ["format = 'gguf'", "'onnx'"]),
-        (CLASSES + "[quantize]\nformat = 'onnx'", ["scheme = 'Q4_K_M'", "F32"]),
+        (CLASSES + "[quantize]\nformat = 'onnx'\nscheme = 'Q4_K_M'", ["scheme = 'Q4_K_M'", "F32"]),
+        (TOP + "[quantize]\nformat = 'onnx'\nscheme = 'int8-static'", ["int8-static", "causal-lm"]),
+        (TOP + "[quantize]\nformat = 'gguf'\nscheme = 'int4'", ["scheme = 'int4'", "Q4_K_M"]),
+        (TOP + "[quantize]\nformat = 'onnx'\n[quantize.types]\n'.*' = 'Q8_0'", ["types", "sensitive"]),
+        (TOP + "[quantize.onnx]\nblock = 48", ["block = 48", "one of 16, 32, 64, 128"]),
         (CLASSES + "[decide.prior]\nspam = 2", ["[decide.prior] spam = 2"]),
         (CLASSES + "[columns]\nordinal = true", ["ordinal = true", "labels = "]),
         (CLASSES + "[distill]\nmode = 'sequence'\n[distill.student]\nkind = 'gru'", ["mode = 'sequence'"]),
@@ -150,7 +155,6 @@ def test_defaults_and_frozen(tmp_path: Path) -> None:
         (TOP + "[quantize]\ntpyes = 1", ["'tpyes'", "did you mean 'types'?"]),
         (TOP + "[quantize]\nscheme = 'Q4_KM'", ["scheme = 'Q4_KM'", "did you mean 'Q4_K_M'?", "IQ4_NL"]),
         (TOP + "[quantize]\nscheme = 'q4_k_m'", ["did you mean 'Q4_K_M'?"]),
-        (TOP + "[quantize]\nformat = 'onnx'", ["format = 'onnx'", "causal-lm", "gguf"]),
         (TOP + "[quantize]\nformat = 'trt'", ["format = 'trt'", "gguf, onnx"]),
         (TOP + "[quantize]\nkeep_going = 1", ["keep_going = 1", "true or false"]),
         (TOP + "[quantize]\ntypes = 'Q8_0'", ["types = 'Q8_0'", '"REGEX" = "TYPE"']),
@@ -188,23 +192,25 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_recipe(tmp_path / "latin.toml")
 
 
-def all_tables() -> list[module.Table]:
-    tables = list(module.TABLES.values())
-    return tables + [key for table in tables for key in table.keys.values() if isinstance(key, module.Table)]
+def all_tables() -> list[recipe_tables.Table]:
+    tables = list(recipe_tables.TABLES.values())
+    return tables + [
+        key for table in tables for key in table.keys.values() if isinstance(key, recipe_tables.Table)
+    ]
 
 
 def test_every_key_is_a_field_and_every_field_a_key() -> None:
     for table in all_tables():
         assert {field.name for field in dataclasses.fields(table.make)} == set(table.keys), table.make
     assert {field.name for field in dataclasses.fields(module.Recipe)} == {
-        *module.TOP, *module.TABLES, "text", "sha256", "base"
+        *recipe_tables.TOP, *recipe_tables.TABLES, "text", "sha256", "base"
     }  # fmt: skip
 
 
 def test_defaults_are_allowed_values() -> None:
     for table in all_tables():
         defaults = dataclasses.asdict(table.make())
-        keys = {name: key for name, key in table.keys.items() if isinstance(key, module.Key)}
+        keys = {name: key for name, key in table.keys.items() if isinstance(key, recipe_tables.Key)}
         given_values = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in defaults.items()
@@ -237,19 +243,21 @@ def test_a_recipe_that_trains(tmp_path: Path) -> None:
 def test_classifiers_default_to_onnx(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, CLASSES + "[decide.prior]\nspam = 0.01\nham = 0.99\n"))
     assert (recipe.quantize.format, recipe.quantize.scheme) == ("onnx", "F32")
+    with_format = load_recipe(write(tmp_path, CLASSES + "[quantize]\nformat = 'onnx'\n"))
+    assert with_format.quantize.scheme == "int8-dynamic"
     assert recipe.decide.prior == (("spam", 0.01), ("ham", 0.99))
     assert load_recipe(write(tmp_path, SENSORS + "[simulate]\nunits = 8\n")).model is None
 
 
 def test_schemes_and_types_are_those_of_the_plan() -> None:
     plan = pytest.importorskip("edgeslm.stages.plan")
-    assert set(module.SCHEMES) == set(plan.PRESETS) | set(plan.ALIASES)
-    assert module.TENSOR_TYPES == plan.TYPES
+    assert set(recipe_tables.SCHEMES) == set(plan.PRESETS) | set(plan.ALIASES)
+    assert recipe_tables.TENSOR_TYPES == plan.TYPES
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    table=st.sampled_from([*module.TABLES, "other"]),
+    table=st.sampled_from([*recipe_tables.TABLES, "other"]),
     key=st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=20),
     value=st.one_of(st.integers(), st.booleans(), st.floats(), st.text(max_size=10)),
 )
