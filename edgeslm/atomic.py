@@ -66,6 +66,33 @@ def assembling(out: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Files are written to `out` inside; EdgeslmError with the way out when they can't be.
+
+    Libraries in Rust and C++ tell of a full disk in errors of their own.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise EdgeslmError(f"can't write {out}: {error.strerror or error}", hint=way_out(error)) from error
+    except Exception as error:
+        told = as_os_error(error)
+        if told is None:
+            raise
+        raise EdgeslmError(f"can't write {out}: {told.strerror}", hint=way_out(told)) from error
+
+
+def as_os_error(error: Exception) -> OSError | None:
+    """The system's error that safetensors (in words) or torch (by a file that is cut off) tells of."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number is not None:
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    if re.search(r"PytorchStreamWriter failed|inline_container\.cc", str(error)):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return None
+
+
 def left_over(path: Path) -> str:
     """The hint for a directory that is gone: whoever replaced it may have been killed between two renames."""
     with suppress(OSError):

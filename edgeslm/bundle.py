@@ -52,6 +52,19 @@ class Bundle:
     def name(self) -> str:
         return self.path.stem if self.manifest is None else str(self.manifest["name"])
 
+    @property
+    def is_classifier(self) -> bool:
+        """Whether it sorts texts or sensor readings into classes, rather than continue a text."""
+        return self.manifest is not None and self.manifest.get("task", "causal-lm") != "causal-lm"
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the weights, the file that an ONNX graph keeps its data in included."""
+        if self.manifest is None:
+            return self.weights.stat().st_size
+        names = {self.weights.name, f"{self.weights.name}.data"}
+        return sum(int(entry["bytes"]) for entry in self.manifest["files"] if entry["path"] in names)
+
     @cached_property
     def digest(self) -> str:
         """sha256 of what is deployed: of the manifest's list of files, or of the bare file itself."""

@@ -20,7 +20,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         ("Architecture", f"{model['architecture']}, {wording.parameters(model['parameters'])} parameters"),
         ("Made by", _stages(manifest.get("ancestry"))),
         ("Types", f"{plan['scheme']}, {plan['bits_per_weight']:.2f} bits per weight"),
-        *(_classifier_facts(manifest) if manifest["format"] == "onnx" else _language_facts(manifest)),
+        *(_classifier_facts(manifest) if "decision" in manifest else _language_facts(manifest)),
     ]
     if quality.get("schema") == "edgeslm.task-quality/1":
         facts += [
@@ -54,7 +54,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
             "",
             *(f"- {line}" for line in fallbacks),
         ]
-    return "\n".join([*lines, "", *_how_to_run(manifest["format"])]) + "\n"
+    return "\n".join([*lines, "", *_how_to_run(manifest)]) + "\n"
 
 
 def _stages(ancestry: Mapping[str, Any] | None) -> str:
@@ -83,8 +83,8 @@ def _classifier_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*facts, ("Reads", f"windows of {read['rows']} rows of {', '.join(read['channels'])}")]
 
 
-def _how_to_run(format_: str) -> list[str]:
-    if format_ == "onnx":
+def _how_to_run(manifest: Mapping[str, Any]) -> list[str]:
+    if "decision" in manifest:
         return [
             "Inputs, outputs and preprocessing are in `manifest.json`.  Measure it on labelled data of your own:",
             "",
@@ -92,13 +92,17 @@ def _how_to_run(format_: str) -> list[str]:
             "pip install 'edgeslm[onnx]'",
             "edgeslm inspect . --verify",
             "edgeslm eval . --text labelled.tsv",
+            "edgeslm classify . mails.tsv"
+            if manifest["task"] == "text-classification"
+            else "edgeslm predict . readings.csv",
             "```",
         ]
+    is_gguf = manifest["format"] == "gguf"
     return [
-        "Run it with any llama.cpp, or with edgeslm:",
+        "Run it with any llama.cpp, or with edgeslm:" if is_gguf else "Run it with edgeslm:",
         "",
         "```sh",
-        "pip install 'edgeslm[gguf]'",
+        f"pip install 'edgeslm[{manifest['format']}]'",
         "edgeslm inspect . --verify",
         "edgeslm chat .",
         "```",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeslm.options import ARTIFACT, json_option, runner_options, sampling_options
+from edgeslm.options import ARTIFACT, SSH, json_option, on_option, runner_options, sampling_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,14 +18,22 @@ if TYPE_CHECKING:
 @click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads of the engine.")
 @sampling_options
 @runner_options
+@on_option(multiple=False)
 @json_option
-def chat(artifact: Path, system: str | None, as_json: bool, **options: Any) -> None:
+def chat(artifact: Path, system: str | None, on: str | None, as_json: bool, **options: Any) -> None:
     """Talk to ARTIFACT with its own chat template; a pipe is read as one message.
 
     \b
     Example:  edgeslm chat smollm2-q4
               echo "What is a list comprehension?" | edgeslm chat smollm2-q4 --temperature 0
+              edgeslm chat smollm2-q4 --on pi@raspberrypi.local
     """
+    access = {key: options.pop(key) for key in SSH}
+    if on is not None:
+        from edgeslm.fleet_commands import run_on
+
+        run_on(artifact, on, "chat", [], access)
+        return
     from edgeslm.runtime.chat import chat_session
 
     chat_session(artifact, system=system, as_json=as_json, **options)
@@ -37,13 +45,20 @@ def chat(artifact: Path, system: str | None, as_json: bool, **options: Any) -> N
 @click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads of the engine.")
 @sampling_options
 @runner_options
+@on_option(multiple=False)
 @json_option
-def generate(artifact: Path, prompt: str | None, as_json: bool, **options: Any) -> None:
+def generate(artifact: Path, prompt: str | None, on: str | None, as_json: bool, **options: Any) -> None:
     """Continue PROMPT (or standard input) with no chat template.
 
     \b
     Example:  edgeslm generate smollm2-q4 "The capital of France is" --temperature 0 -n 16
     """
+    access = {key: options.pop(key) for key in SSH}
+    if on is not None:
+        from edgeslm.fleet_commands import run_on
+
+        run_on(artifact, on, "generate", [] if prompt is None else ["--", prompt], access)
+        return
     from edgeslm.runtime.chat import generate_once
 
     generate_once(artifact, prompt, as_json=as_json, **options)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from edgeslm import watching
 from edgeslm.bundle import file_sha256
 from edgeslm.device import probe
-from edgeslm.specs import ColumnsSpec, WindowSpec
+from edgeslm.specs import ColumnsSpec, DecideSpec, WindowSpec
 from edgeslm.versions import chosen_versions
 from edgeslm.work import read_record
 
@@ -21,8 +23,13 @@ if TYPE_CHECKING:
     from edgeslm.learning import Learned
     from edgeslm.progress import Progress
     from edgeslm.recipe import Recipe
+    from edgeslm.specs import QuantizeSpec
+    from edgeslm.stages.checkpoint import Checkpoint
     from edgeslm.stages.export_onnx import Exported
     from edgeslm.work import Work
+
+CALIBRATION_EXAMPLES = 256
+"""Examples that ranges of activations are measured on."""
 
 
 def export(recipe: Recipe, learned: Learned, store: Work) -> Exported:
@@ -36,8 +43,9 @@ def export(recipe: Recipe, learned: Learned, store: Work) -> Exported:
 
     def produce(directory: Path) -> None:
         exported = export_onnx.run(
-            checkpoint, directory / "model.onnx", max_tokens=max_tokens, progress=store.progress
-        )
+            checkpoint, directory / "model.onnx", spec=recipe.quantize, max_tokens=max_tokens,
+            calibration=_calibration(recipe, learned), progress=store.progress,
+        )  # fmt: skip
         facts = {"plan": exported.plan, "model": exported.model, "warnings": exported.warnings}
         (directory / "plan.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
 
@@ -52,28 +60,48 @@ def export(recipe: Recipe, learned: Learned, store: Work) -> Exported:
     return export_onnx.Exported(path=directory / "model.onnx", **read_record(directory / "plan.json"))
 
 
-def manifest_parts(recipe: Recipe, exported: Exported, learned: Learned) -> dict[str, Any]:
-    """What only a classifier's manifest has: how scores become decisions, and how tables are read."""
+def export_alone(
+    checkpoint: Checkpoint, spec: QuantizeSpec, calibration: str | None, scratch: Path, progress: Progress
+) -> Exported:
+    """The classifier with no recipe; calibration: a source of texts, for int8-static."""
+    from edgeslm.stages import export_onnx
+    from edgeslm.stages.data import documents
+
+    found = documents([calibration], progress=progress) if calibration else ()
+    texts = [document.text for document in islice(found, CALIBRATION_EXAMPLES) if document.text]
+    return export_onnx.run(
+        checkpoint, scratch / "model.onnx", spec=spec, calibration=texts, progress=progress
+    )
+
+
+def manifest_parts(recipe: Recipe | None, exported: Exported, learned: Learned) -> dict[str, Any]:
+    """What only a classifier's manifest has: how scores become decisions, and how tables are read.
+
+    recipe: None for a model quantized without one; its own classes' shares are the base rates then.
+    """
     from edgeslm.runtime.posterior import make_decision
 
     labels = exported.model["labels"]
-    trained = ((learned.data or {}).get("train") or {}).get("classes") or dict.fromkeys(labels, 1)
+    shares = exported.model.get("class_shares")
+    trained = ((learned.data or {}).get("train") or {}).get("classes") or shares or dict.fromkeys(labels, 1)
+    decide = recipe.decide if recipe else DecideSpec()
     decision = make_decision(
-        labels, trained, prior=dict(recipe.decide.prior) or None, costs=dict(recipe.decide.costs) or None
+        labels, trained, prior=dict(decide.prior) or None, costs=dict(decide.costs) or None
     )
-    columns = learned.columns or recipe.columns
+    columns = learned.columns or (recipe.columns if recipe else ColumnsSpec())
+    has_windows = recipe is not None and recipe.task == "sensor-classification"
     return {
         "decision": decision.as_record(),
         "data": {
             "columns": asdict(columns),
-            "windows": asdict(recipe.windows) if recipe.task == "sensor-classification" else None,
-            "licence": recipe.data.licence,
+            "windows": asdict(recipe.windows) if recipe and has_windows else None,
+            "licence": recipe.data.licence if recipe else None,
         },
     }
 
 
 def evaluate(
-    recipe: Recipe, learned: Learned, store: Work, candidate: Callable[[Path], Bundle]
+    recipe: Recipe, learned: Learned, exported: Exported, store: Work, candidate: Callable[[Path], Bundle]
 ) -> dict[str, Any] | None:
     """Quality on the held-out examples; candidate: assembles a bundle in a directory."""
     from edgeslm.bench.tasks import evaluate_classifier
@@ -90,6 +118,10 @@ def evaluate(
             bundle, held.pairs, ordinal=columns.ordinal, groups=held.groups, seed=recipe.seed,
             progress=store.progress,
         )  # fmt: skip
+        if _of_whole_machines(recipe, learned):
+            record["alarms"] = watching.measure(
+                bundle, learned.sets.heldout, record["decision"], store.progress
+            )
         record["artifact"] = {**record["artifact"], "path": None, "digest": None}
         record["text"]["sources"] = list(recipe.data.heldout or recipe.data.train) or ["simulated"]
         (directory / "quality.json").write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
@@ -99,12 +131,29 @@ def evaluate(
         "seed": recipe.seed,
         "name": recipe.name,
         "model": learned.checkpoint.digest,
+        "artifact": file_sha256(exported.path),
         "decide": asdict(recipe.decide),
         "columns": asdict(columns),
         "data": learned.data_key,
         "versions": chosen_versions("edgeslm", "onnxruntime", "numpy", "tokenizers"),
     }
     return read_record(store.stage("evaluate", inputs, produce) / "quality.json")
+
+
+def _of_whole_machines(recipe: Recipe, learned: Learned) -> bool:
+    """Whether the held-out windows are all that there is of their machines."""
+    return recipe.task == "sensor-classification" and (learned.data or {}).get("split_by") in ("unit", "file")
+
+
+def _calibration(recipe: Recipe, learned: Learned) -> Sequence[Any] | None:
+    """Texts, or windows [R, C] in physical units, of the training examples, spread over them."""
+    if not learned.sets or recipe.quantize.scheme == "F32":
+        return None
+    train = learned.sets.train
+    chosen = range(0, len(train), max(1, len(train) // CALIBRATION_EXAMPLES))
+    if recipe.task == "sensor-classification":
+        return [train.raw(number) for number in chosen]
+    return [train.text(number) for number in chosen]
 
 
 def _heldout(recipe: Recipe, learned: Learned) -> Examples | None:
@@ -161,7 +210,7 @@ def evaluate_artifact(
 
     assert bundle.manifest is not None
     facts = bundle.manifest.get("data") or {}
-    columns = ColumnsSpec(**_as_tuples(facts.get("columns")))
+    columns, measured = ColumnsSpec(**_as_tuples(facts.get("columns"))), None
     with TemporaryDirectory() as scratch:
         if facts.get("windows"):
             labels = tuple(bundle.manifest["model"]["labels"])
@@ -169,7 +218,8 @@ def evaluate_artifact(
             known = replace(columns, labels=labels, channels=channels)
             table = recordings.read_tables(sources, known, Path(scratch), progress=progress)
             windows = WindowSpec(**_as_tuples(facts["windows"]))
-            examples = _of_windows(sensors.measured(table, windows))
+            measured = sensors.measured(table, windows)
+            examples = _of_windows(measured)
         else:
             rows = labelled.labelled_rows(sources, columns, progress=progress)
             examples = Examples((row.text, row.label) for row in rows)
@@ -177,6 +227,8 @@ def evaluate_artifact(
             bundle, examples.pairs, prior=prior, costs=costs, ordinal=columns.ordinal, groups=examples.groups,
             threads=threads, progress=progress,
         )  # fmt: skip
+        if measured is not None:
+            record["alarms"] = watching.measure(bundle, measured, record["decision"], progress)
     record["text"]["sources"] = list(sources)
     return record
 

@@ -1,7 +1,7 @@
 """The command line.  Each command is a doorway: parse, one call, echo.
 
 Modules load inside the command that needs them, so that `edgeslm --help` is instant and the
-device half never sees torch.  Every command takes --json: one JSON document on standard output,
+device half never sees torch.  Every command but serve takes --json: one JSON document on standard output,
 as its last line, and nothing else there.
 """
 
@@ -16,19 +16,21 @@ import click
 from edgeslm import __version__
 from edgeslm.options import (
     ARTIFACT,
+    SSH,
     LazyCommand,
     emit,
     json_option,
+    on_option,
     processes_option,
     progress_for,
     runner_options,
     save,
     split_numbers,
     split_rates,
-    split_types,
 )
 
 ELSEWHERE = {
+    "edgeslm.quantize_commands": {"quantize": "Quantize MODEL in one pass, with no recipe."},
     "edgeslm.training_commands": {
         "finetune": "Train a model on a domain's own data.",
         "prune": "Cut layers, widths or tokens that matter least.",
@@ -39,9 +41,19 @@ ELSEWHERE = {
         "init": "Write a commented recipe for MODEL.",
         "devices": "List the device profiles, or show one.",
     },
+    "edgeslm.device_commands": {
+        "fit": "Predict memory and speed of MODEL on a device.",
+        "device": "Measure this machine for a profile of its own.",
+    },
     "edgeslm.chat_commands": {
         "chat": "Talk to ARTIFACT; a pipe is read as one message.",
         "generate": "Continue a prompt, with no chat template.",
+    },
+    "edgeslm.serve_commands": {"serve": "Answer over HTTP, in the words of OpenAI's API."},
+    "edgeslm.fleet_commands": {"deploy": "Copy ARTIFACT to devices over SSH and switch to it."},
+    "edgeslm.predict_commands": {
+        "classify": "Classify texts: a text, a file or a pipe in, JSON lines out.",
+        "predict": "Score windows of sensor readings: P(E|D), posterior, alarm.",
     },
 }
 """Modules with further commands, and what the list of commands says of each."""
@@ -109,62 +121,6 @@ def build(
     if result is not None:  # one of several processes tells
         emit(result, as_json, console.build_text)
         gate.raise_for_gate(result)
-
-
-@cli.command()
-@click.argument("model")
-@click.option("--to", "format_", type=click.Choice(["gguf"]), default="gguf", show_default=True)
-@click.option("--scheme", default="Q4_K_M", show_default=True, help="A preset or a tensor type.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="A .gguf file, or a bundle directory to create.",
-)
-@click.option(
-    "--calibration",
-    metavar="TEXT",
-    help="Text, JSONL or chat JSONL to measure importance on; or an "
-    "importance matrix that llama-imatrix or edgeslm wrote.",
-)
-@click.option(
-    "--type",
-    "types",
-    multiple=True,
-    metavar="REGEX=TYPE",
-    callback=split_types,
-    help="Type of the tensors whose name matches; the first match counts.",
-)
-@click.option(
-    "--keep-going", is_flag=True, help="Write what can be written when a tensor has NaN or infinity."
-)
-@json_option
-def quantize(
-    *,
-    model: str,
-    format_: str,
-    scheme: str,
-    out: Path,
-    calibration: str | None,
-    types: dict[str, str],
-    keep_going: bool,
-    as_json: bool,
-) -> None:
-    """Quantize MODEL in one pass, with no recipe.
-
-    MODEL is a Hugging Face directory or hub id (id@revision), a .gguf file, a PEFT adapter, or
-    pkg://package/path.
-
-    \b
-    Example:  edgeslm quantize ./my-model --scheme Q4_K_M --calibration domain.txt --out my-model.gguf
-    """  # fmt: skip
-    from edgeslm import console, pipeline
-
-    result = pipeline.quantize(
-        model, out, format=format_, scheme=scheme, calibration=calibration, types=types,
-        keep_going=keep_going, progress=progress_for(as_json),
-    )  # fmt: skip
-    emit(result, as_json, console.quantize_text)
 
 
 @cli.command(short_help="Show contents, memory and traps of a model.")
@@ -292,7 +248,19 @@ def evaluate(
     show_default=True,
     help="Classifiers: examples in a call.",
 )
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Then go on for so long: the speed that lasts.",
+)
+@click.option(
+    "--power-log",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="A power meter's log of that time, as CSV, or what powermetrics prints.",
+)
 @runner_options
+@on_option(multiple=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the record to this file.")
 @json_option
 def bench(
@@ -303,38 +271,57 @@ def bench(
     threads: tuple[int, ...],
     repetitions: int,
     batch_sizes: tuple[int, ...],
+    minutes: float | None,
+    power_log: Path | None,
+    on: tuple[str, ...],
     out: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure speed and memory of ARTIFACT on this machine.
+    """Measure speed and memory of ARTIFACT on this machine, or on the devices of --on.
 
     A language model's prefill and decode; a classifier's latency and throughput for each of --batch-sizes.
+    With --power-log, ARTIFACT may be a record of an earlier benchmark: it gets the energy that the log tells.
 
     \b
     Example:  edgeslm bench smollm2-q4 -p 128,512 -n 64 -t 1,2,4
+              edgeslm bench smollm2-q4 --minutes 10
               edgeslm bench bearing --batch-sizes 1,64 -t 1
+              edgeslm bench smollm2-q4 --on pi4 --on pi5 --out comparison
     """  # fmt: skip
+    access = {key: options.pop(key) for key in SSH}
+    if on and power_log is not None:
+        raise click.UsageError(
+            "--power-log goes with a record of --on: edgeslm bench RECORD.json --power-log FILE"
+        )
+    if on:
+        from edgeslm.fleet_commands import bench_on
+
+        bench_on(artifact, on, access, out=out, as_json=as_json)
+        return
     from edgeslm import console
     from edgeslm.bench.classify_bench import bench_classifier
     from edgeslm.bench.measure import bench_artifact
+    from edgeslm.bench.power_log import attach, measure_again, read_log
     from edgeslm.bundle import open_bundle
     from edgeslm.runtime.runner import RunnerOptions
 
     shared: dict[str, Any] = {
-        "threads": threads, "repetitions": repetitions, "progress": progress_for(as_json)
+        "threads": threads, "repetitions": repetitions, "minutes": minutes, "progress": progress_for(as_json)
     }  # fmt: skip
-    if open_bundle(artifact).format == "onnx":
+    if power_log is not None and artifact.suffix == ".json":
+        record = measure_again(artifact, power_log)
+    elif open_bundle(artifact).is_classifier:
         record = bench_classifier(artifact, batch_sizes=batch_sizes, **shared)
     else:
         record = bench_artifact(
-            artifact,
-            prompt_tokens=prompt_tokens,
-            decode_tokens=decode_tokens,
+            artifact, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, **shared,
             options=RunnerOptions(**options),
-            **shared,
-        )
+        )  # fmt: skip
     save(record, out)
+    if power_log is not None and artifact.suffix != ".json":  # a log that fails costs no measurement
+        record = attach(record, read_log(power_log))
+        save(record, out)
     emit(record, as_json, console.bench_text)
 
 

@@ -26,16 +26,26 @@ TABLES_OF = {
 }
 """Table to the tasks that know it."""
 BOUNDS_OF = {
-    "causal-lm": ("max_kl_nats", "min_top1_agreement", "max_perplexity_ratio", "min_decode_tokens_per_s"),
+    "causal-lm": (
+        "max_kl_nats",
+        "min_top1_agreement",
+        "max_perplexity_ratio",
+        "min_decode_tokens_per_s",
+        "min_level_agreement",
+    ),
     "text-classification": ("min_accuracy", "min_macro_f1"),
     "sensor-classification": ("min_accuracy", "min_macro_f1"),
 }
 """Task to the bounds of quality and speed that only it has."""
 
+RESERVED = ("report.html", "report.md", "report.json", "manifest.json")
+"""Names that no variant can have."""
+
 
 def check_together(recipe: Recipe, where: str, given: frozenset[str]) -> None:
     """Raise RecipeError for tables that contradict each other.  given: names of the tables in the file."""
     _check_task(recipe, where, given)
+    _check_variants(recipe, where, given)
     _check_data(recipe, where)
     _check_training(recipe, where)
     _check_windows(recipe, where)
@@ -64,6 +74,26 @@ def _check_task(recipe: Recipe, where: str, given: frozenset[str]) -> None:
     check_quantize(recipe.quantize, recipe.task, f"{where}: [quantize]")
 
 
+def _check_variants(recipe: Recipe, where: str, given: frozenset[str]) -> None:
+    """Each variant is a directory of its own beside the report, and something that the task can have."""
+    if recipe.variants and "quantize" in given:
+        raise RecipeError(
+            f"{where}: both [quantize] and [[variants]] say what to make",
+            hint="keep one of them: a variant holds the keys of [quantize] and a name",
+        )
+    seen: set[str] = set()
+    for variant in recipe.variants:
+        name = variant.name.casefold()  # one directory on some file systems
+        if name in seen or name in RESERVED:
+            raise RecipeError(
+                f"{where}: [[variants]] name = {variant.name!r} is taken"
+                + (" by the report" if name in RESERVED else " by another variant"),
+                hint="each variant's bundle is a directory of its name",
+            )
+        seen.add(name)
+        check_quantize(variant.quantize, recipe.task, f"{where}: [variants.{variant.name}]")
+
+
 def check_quantize(spec: QuantizeSpec, task: str, where: str) -> None:
     """Raise RecipeError for a format or scheme that the task does not have.  where: file and table."""
     formats = FORMATS[task]
@@ -83,9 +113,9 @@ def check_quantize(spec: QuantizeSpec, task: str, where: str) -> None:
             f"{where} scheme = 'int8-static' has no meaning for the task {task}",
             hint="fixed ranges of activations are for classifiers: take int8-dynamic",
         )
-    if spec.types and spec.format == "onnx":
+    if spec.types and task != "causal-lm":
         raise RecipeError(
-            f"{where} types has no meaning for the format onnx", hint="set sensitive in [quantize.onnx]"
+            f"{where} types has no meaning for the task {task}", hint="set sensitive in [quantize.onnx]"
         )
 
 
@@ -148,6 +178,11 @@ def _check_training(recipe: Recipe, where: str) -> None:
                 f"{where}: [{table}.train] patience = {steps.patience} needs held-out examples",
                 hint="set heldout or heldout_every in [data]",
             )
+    if prune is not None and prune.target is not None and prune.target_bytes is not None:
+        raise RecipeError(
+            f"{where}: [prune] has both target = {prune.target:g} and target_bytes = {prune.target_bytes}",
+            hint="keep one of them",
+        )
     if prune is not None and not recipe.data.calibration:
         raise RecipeError(
             f"{where}: [prune] measures importance on text, and there is none",

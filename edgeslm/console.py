@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgeslm import layout, wording
+from edgeslm import console_power, layout, wording
 from edgeslm.console_learning import (
     checkpoint_text,
     classifier_facts,
@@ -16,6 +16,7 @@ from edgeslm.console_learning import (
     task_quality_text,
     task_summary,
 )
+from edgeslm.console_variants import variants_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +31,8 @@ __all__ = [
 
 def build_text(record: Record) -> str:
     """What a build made and how good it is; the gate's verdict and the report's path come last."""
+    if record.get("variants") is not None:
+        return variants_text(record)
     quality, bench = record.get("quality") or {}, record.get("bench") or {}
     facts = [("stages", wording.stages(record["stages"]))] if record.get("stages") else []
     facts += [
@@ -162,6 +165,7 @@ def bench_text(record: Record) -> str:
         ("bandwidth", _bandwidth(record.get("memory_bandwidth_bytes_per_s"))),
         ("load", wording.duration(record.get("load_s"))),
         ("peak RSS", _memory(record.get("memory") or {})),
+        *console_power.facts(record),
     ]  # fmt: skip
     runs = record.get("runs") or ()
     parts = [layout.facts(facts)]
@@ -171,6 +175,7 @@ def bench_text(record: Record) -> str:
             keep = [i for i in range(len(columns)) if any(row[i] for row in rows)]
             header = (kind, *(name for name, _ in columns[1:]))
             parts.append(layout.table([header[i] for i in keep], [[row[i] for i in keep] for row in rows]))
+    parts += console_power.tables(record)
     reasons = wording.invalid_reasons(record)
     if reasons:
         parts.append(layout.bullets("INVALID: do not quote these numbers", reasons))
@@ -234,6 +239,7 @@ def _profile(device: Record) -> list[tuple[str, str]]:
         "prefill": wording.NOT_AVAILABLE
         if operations is None
         else f"{wording.significant(operations / 1e9)} GOP/s",
+        "storage": wording.bandwidth(device.get("storage_bytes_per_s")),
         "power": wording.NOT_AVAILABLE if power is None else f"{power:g} W at most",
     }
     facts = [("device", f"{device['name']}: {device['description']}")]

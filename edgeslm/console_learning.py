@@ -71,6 +71,8 @@ def task_summary(quality: Record) -> list[tuple[str, str]]:
     if quality.get("ordinal"):
         facts.append(("weighted kappa", wording.interval(quality.get("quadratic_weighted_kappa"))))
         facts.append(("mean error", f"{wording.interval(quality.get('mean_absolute_error'))} grades"))
+    if quality.get("alarms"):
+        facts.append(("alarms", wording_learning.alarms(quality["alarms"])))
     return facts
 
 
@@ -85,6 +87,7 @@ def task_quality_text(record: Record) -> str:
         ("examples", _examples(protocol)),
         ("base rates", wording_learning.base_rates(decision)),
         ("decision", wording_learning.decision_rule(decision)),
+        ("alarms", wording_learning.alarms(record.get("alarms"))),
     ]
     facts = [(name, value) for name, value in facts if value != wording.NOT_AVAILABLE or name == "data"]
     macro = record.get("macro") or {}

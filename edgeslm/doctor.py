@@ -49,6 +49,7 @@ class Engine:
 
 ENGINES = (
     Engine(name="llama-cpp-python", module="llama_cpp", extra="gguf"),
+    Engine(name="onnxruntime", module="onnxruntime", extra="onnx"),
     Engine(name="gguf", module="gguf", extra="workstation"),
     Engine(name="safetensors", module="safetensors", extra="workstation"),
     Engine(name="torch", module="torch", extra="workstation"),

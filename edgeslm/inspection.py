@@ -25,6 +25,7 @@ from edgeslm.footprint import (
 )
 from edgeslm.gguf_file import GgufFile, TensorInfo, read_gguf
 from edgeslm.onnx_file import OnnxTensor, read_onnx
+from edgeslm.operators import minimum
 from edgeslm.safetensors_file import SafeTensor, read_checkpoint
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def inspect_model(source: str | Path, *, context: int, verify: bool) -> Record:
 def _inspect_bundle(bundle: Bundle, context: int, *, verified: bool) -> Record:
     """A bundle directory or a bare GGUF file."""
     if bundle.format == "onnx":
-        return _inspect_classifier(bundle, verified=verified)
+        return _inspect_onnx(bundle, context, verified=verified)
     file = read_gguf(bundle.weights)
     shape = shape_of_gguf(file)
     head = file.tensors.get("output.weight")
@@ -89,27 +90,69 @@ def _inspect_bundle(bundle: Bundle, context: int, *, verified: bool) -> Record:
     )
 
 
-def _inspect_classifier(bundle: Bundle, *, verified: bool) -> Record:
-    """A bundle in the format onnx: what its manifest says, and the tensors of its file."""
+def _inspect_onnx(bundle: Bundle, context: int, *, verified: bool) -> Record:
+    """A bundle in the format onnx: what its manifest says, and the graph and tensors of its file."""
     file = read_onnx(bundle.weights)
-    model = (bundle.manifest or {}).get("model") or {}
+    manifest = bundle.manifest or {}
+    model = manifest.get("model") or {}
     facts = model.get("preprocessing")
     facts = facts if isinstance(facts, dict) else {}
-    sizes = {"max_position_embeddings": facts.get("max_tokens"), "vocab_size": model.get("vocab_size")}
-    shape = shape_of_config(sizes)
-    tokenizer = {"model": _printable(model.get("tokenizer")) or None, "vocab_size": shape.vocab_size}
+    shape = shape_of_config({
+        "max_position_embeddings": facts.get("max_tokens") or model.get("context_length"),
+        "vocab_size": model.get("vocab_size"), "num_hidden_layers": model.get("layers"),
+        "num_key_value_heads": model.get("kv_heads"), "head_dim": model.get("head_dim"),
+    })  # fmt: skip
+    quantization = manifest.get("quantization") or {}
+    # A language model's levels are compared with each other; a classifier's loss was measured at the one it has.
+    held = (manifest.get("quality") or {}).get("accuracy_level")
+    lost = (quantization.get("onnx") or {}).get("kl_nats")
+    found = traps.onnx_traps(file, audited=held is not None or lost is not None)
     record = _record(
         path=bundle.path, kind="bundle", name=_printable(bundle.name), tensors=file.tensors.values(), shape=shape,
         architecture=_printable(model.get("architecture")) or None, file_bytes=bundle.size_bytes, tied=None,
-        tokenizer=tokenizer if tokenizer["model"] else {}, context=1, found=[], verified=verified or None,
+        tokenizer=_bundle_tokenizer(bundle, shape), context=context, found=found, verified=verified or None,
     )  # fmt: skip
+    record |= {
+        "opset": file.opset,
+        "ir_version": file.ir_version,
+        "operators": [_printable(operator) for operator in file.operators],
+        "onnxruntime": minimum(file),
+        "data_files": [_printable(path.name) for path in file.data_files],
+    }
+    # The weights in blocks are fewer bytes than parameters: the manifest counts what they stand for.
+    parameters = number(model.get("parameters"))
+    if parameters is not None and quantization.get("scheme") != "F32":
+        record |= {
+            "parameters": parameters,
+            "bits_per_weight": 8 * record["weight_bytes"] / max(parameters, 1),
+        }
+    if not bundle.is_classifier:
+        kv_cache = kv_cache_bytes(shape, context)
+        kv_cache = None if kv_cache is None else 2 * kv_cache  # float32, where llama.cpp has f16
+        return record | {"memory": {**record["memory"], "kv_cache_bytes": kv_cache}}
     labels = model.get("labels")
     return record | {
         "memory": None,
-        "opset": file.opset,
         "labels": [_printable(label) for label in labels] if isinstance(labels, list) else [],
         "preprocessing": facts,
-        "decision": (bundle.manifest or {}).get("decision"),
+        "decision": manifest.get("decision"),
+    }
+
+
+def _bundle_tokenizer(bundle: Bundle, shape: Shape) -> Record:
+    """What the manifest of an ONNX bundle says of its tokenizer; empty where it has none."""
+    model = (bundle.manifest or {}).get("model") or {}
+    kind = _printable(model.get("tokenizer"))
+    if not kind:
+        return {}
+    record: Record = {"model": kind, "vocab_size": shape.vocab_size}
+    if bundle.is_classifier:
+        return record
+    return record | {
+        "pre": None,
+        "bos": _printable(model.get("bos_token")) or None,
+        "eos": _printable(model.get("eos_token")) or None,
+        "chat_template": (bundle.path / "chat_template.jinja").is_file(),
     }
 
 

@@ -1,9 +1,9 @@
-"""The second half for language models: importance, GGUF export, quality and speed of the artifact that ships."""
+"""The second half for language models: importance, export, quality and speed of the artifact that ships."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -12,31 +12,56 @@ from edgeslm import measuring
 from edgeslm.bundle import file_sha256, open_bundle
 from edgeslm.device import probe
 from edgeslm.gguf_file import read_gguf
+from edgeslm.specs import CalibrateSpec
 from edgeslm.versions import chosen_versions
 from edgeslm.work import read_record
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
     from edgeslm.bundle import Bundle
     from edgeslm.learning import Learned
     from edgeslm.recipe import Recipe
+    from edgeslm.stages import export_gguf, export_onnx
     from edgeslm.stages.checkpoint import Checkpoint
-    from edgeslm.stages.export_gguf import Exported
     from edgeslm.work import Work
+
+    Exported = export_gguf.Exported | export_onnx.Exported
+
+WEIGHTS = {"gguf": "model.gguf", "onnx": "model.onnx"}
+"""Format to the name of the weights in a bundle."""
+ONNX_FILES = ("model.onnx", "model.onnx.data", "tokenizer.json", "chat_template.jinja")
+"""What an export to ONNX leaves beside each other, the last one where the model has a template."""
+SENSITIVITY_WINDOWS = 8
+"""Windows of calibration text that an export to ONNX measures on what it may round."""
+AUDIT_WINDOWS = 4
+"""Windows of held-out text that accuracy levels are compared on."""
 
 
 def export(recipe: Recipe, learned: Learned, store: Work) -> Exported:
-    """The checkpoint as a quantized GGUF file, with an importance matrix where there is calibration text."""
-    from edgeslm.stages import export_gguf
+    """The checkpoint quantized, with an importance matrix where there is calibration text."""
+    from edgeslm.stages import export_decoder, export_gguf, export_onnx
 
     checkpoint = learned.checkpoint
     assert checkpoint is not None
     importance = _calibrate(recipe, checkpoint, store)
+    is_gguf = recipe.quantize.format == "gguf"
+    name = WEIGHTS[recipe.quantize.format]
 
     def produce(directory: Path) -> None:
-        exported = export_gguf.run(
-            checkpoint, recipe.quantize, directory / "model.gguf", importance=importance,
-            progress=store.progress,
-        )  # fmt: skip
+        exported: Exported
+        if is_gguf:
+            exported = export_gguf.run(
+                checkpoint, recipe.quantize, directory / name, importance=importance, progress=store.progress
+            )
+        else:
+            exported = export_decoder.run(
+                checkpoint, recipe.quantize, directory / name, importance=importance,
+                windows=_sensitivity_windows(recipe, checkpoint, store), progress=store.progress,
+            )  # fmt: skip
         facts = {"plan": exported.plan, "model": exported.model, "warnings": exported.warnings}
         (directory / "plan.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
 
@@ -46,10 +71,34 @@ def export(recipe: Recipe, learned: Learned, store: Work) -> Exported:
         "name": checkpoint.name,
         "source": checkpoint.source,
         "importance": file_sha256(importance) if importance else None,
-        "versions": chosen_versions("edgeslm", "gguf", "llama_cpp_python"),
+        "versions": chosen_versions(
+            *(("gguf", "llama_cpp_python") if is_gguf else ("onnx", "onnxruntime", "torch")),
+            "edgeslm",
+        ),
     }
     directory = store.stage("quantize", inputs, produce)
-    return export_gguf.Exported(path=directory / "model.gguf", **read_record(directory / "plan.json"))
+    facts = read_record(directory / "plan.json")
+    if is_gguf:
+        return export_gguf.Exported(path=directory / name, **facts)
+    return export_onnx.Exported(path=directory / name, **facts)
+
+
+def _sensitivity_windows(recipe: Recipe, checkpoint: Checkpoint, store: Work) -> NDArray[np.int64] | None:
+    """[W, C] token ids of calibration text; None without any."""
+    from edgeslm.stages import calibrate
+    from edgeslm.stages.data import calibration_documents
+
+    if not recipe.data.calibration:
+        return None
+    return calibrate.token_windows(
+        checkpoint, calibration_documents(recipe, store.progress), sensitivity_spec(recipe.calibrate),
+        chat=measuring.render_messages,
+    )  # fmt: skip
+
+
+def sensitivity_spec(spec: CalibrateSpec) -> CalibrateSpec:
+    """As much text as an export to ONNX measures on what it may round."""
+    return replace(spec, tokens=SENSITIVITY_WINDOWS * spec.context)
 
 
 def _calibrate(recipe: Recipe, checkpoint: Checkpoint, store: Work) -> Path | None:
@@ -74,8 +123,13 @@ def _calibrate(recipe: Recipe, checkpoint: Checkpoint, store: Work) -> Path | No
     return store.stage("calibrate", inputs, produce) / "importance.gguf"
 
 
-def evaluate(recipe: Recipe, learned: Learned, exported: Exported, store: Work) -> dict[str, Any] | None:
-    """Quality on held-out text against the unquantized checkpoint; None when nothing is held out."""
+def evaluate(
+    recipe: Recipe, learned: Learned, exported: Exported, store: Work, candidate: Callable[[Path], Bundle]
+) -> dict[str, Any] | None:
+    """Quality on held-out text against the unquantized checkpoint; None when nothing is held out.
+
+    candidate: assembles a bundle in a directory, for an artifact that is more than one file.
+    """
     from edgeslm.stages.data import data_digest, heldout_documents
 
     checkpoint, data = learned.checkpoint, recipe.data
@@ -83,9 +137,12 @@ def evaluate(recipe: Recipe, learned: Learned, exported: Exported, store: Work) 
     sources = data.heldout or ((data.train or data.calibration) if data.heldout_every else ())
     if not sources:
         return None
-    artifact = open_bundle(exported.path)
 
     def produce(directory: Path) -> None:
+        is_gguf = recipe.quantize.format == "gguf"
+        artifact = (
+            open_bundle(exported.path) if is_gguf else candidate(store.scratch("candidate") / recipe.name)
+        )
         # The reference is many times the artifact's size, so it goes when it has served.
         with TemporaryDirectory(prefix=".reference-", suffix=".part", dir=store.path) as scratch:
             weights = measuring.reference_weights(checkpoint, Path(scratch), store.progress)
@@ -96,18 +153,34 @@ def evaluate(recipe: Recipe, learned: Learned, exported: Exported, store: Work) 
         record["artifact"] = {**record["artifact"], "name": recipe.name, "path": None, "digest": None}
         record["reference"] |= {"name": checkpoint.name, "digest": checkpoint.digest}
         record["text"]["sources"] = list(sources)
+        record["accuracy_level"] = _audit(recipe, checkpoint, exported, store)
         (directory / "quality.json").write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
 
     inputs = {
         "spec": asdict(recipe.evaluate),
         "seed": recipe.seed,
         "name": recipe.name,
-        "artifact": artifact.digest,
+        "artifact": _digests(exported),
         "model": checkpoint.digest,
         "data": data_digest(recipe, sources),
-        "versions": chosen_versions("edgeslm", "llama_cpp_python", "numpy"),
+        "versions": chosen_versions("edgeslm", "llama_cpp_python", "onnxruntime", "numpy"),
     }
     return read_record(store.stage("evaluate", inputs, produce) / "quality.json")
+
+
+def _audit(recipe: Recipe, checkpoint: Checkpoint, exported: Exported, store: Work) -> dict[str, Any] | None:
+    """What the accuracy level of an ONNX model's products gives and costs, on held-out text; None without any."""
+    from edgeslm.stages import accuracy_level, calibrate
+    from edgeslm.stages.data import heldout_documents
+
+    if recipe.quantize.format != "onnx" or exported.plan.get("accuracy_level") is None:
+        return None
+    context = recipe.evaluate.context
+    spec = CalibrateSpec(tokens=AUDIT_WINDOWS * context, context=context)
+    windows = calibrate.token_windows(
+        checkpoint, heldout_documents(recipe, store.progress), spec, chat=measuring.render_messages
+    )
+    return accuracy_level.audit(exported.path, windows, progress=store.progress)
 
 
 def bench(recipe: Recipe, bundle: Bundle, store: Work) -> dict[str, Any]:
@@ -129,9 +202,9 @@ def bench(recipe: Recipe, bundle: Bundle, store: Work) -> dict[str, Any]:
     inputs = {
         "spec": asdict(spec),
         "seed": recipe.seed,
-        "artifact": file_sha256(bundle.weights),
+        "artifact": {entry["path"]: entry["sha256"] for entry in _weights(bundle)},
         "machine": [machine[key] for key in ("cpu_model", "usable_cores", "memory_bytes", "kernel")],
-        "versions": chosen_versions("edgeslm", "llama_cpp_python", "numpy"),
+        "versions": chosen_versions("edgeslm", "llama_cpp_python", "onnxruntime", "numpy"),
     }
     record = read_record(store.stage("bench", inputs, produce) / "bench.json")
     record["artifact"] |= measuring.identity(bundle)
@@ -140,7 +213,21 @@ def bench(recipe: Recipe, bundle: Bundle, store: Work) -> dict[str, Any]:
 
 def bundle_files(exported: Exported) -> dict[str, Path | str]:
     """What goes into the bundle: name inside to file or content."""
-    files: dict[str, Path | str] = {"model.gguf": exported.path}
+    if exported.path.suffix == ".onnx":
+        return {name: path for name in ONNX_FILES if (path := exported.path.with_name(name)).is_file()}
+    files: dict[str, Path | str] = {exported.path.name: exported.path}
     if template := read_gguf(exported.path).get("tokenizer.chat_template"):
         files["chat_template.jinja"] = template
     return files
+
+
+def _digests(exported: Exported) -> dict[str, str]:
+    """sha256 of each file of the artifact."""
+    files = bundle_files(exported)
+    return {name: file_sha256(path) for name, path in files.items() if isinstance(path, Path)}
+
+
+def _weights(bundle: Bundle) -> list[dict[str, Any]]:
+    """Entries of the manifest of what an engine loads."""
+    assert bundle.manifest is not None
+    return [entry for entry in bundle.manifest["files"] if entry["path"] in (*WEIGHTS.values(), *ONNX_FILES)]

@@ -14,7 +14,7 @@ import shutil
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from edgeslm import measuring
+from edgeslm import foresight, measuring
 from edgeslm.atomic import assembling
 from edgeslm.errors import ModelError
 from edgeslm.progress import Quiet
@@ -59,11 +59,13 @@ class Learned:
 def learn(recipe: Recipe, checkpoint: Checkpoint | None, store: Work) -> Learned:
     """Run the stages that the recipe asks for.  checkpoint: None for sensors, which start from nothing."""
     if recipe.task == "sensor-classification":
+        foresight.check_distill(recipe, None, None)
         return _learn_sensors(recipe, checkpoint, store)
     assert checkpoint is not None
     learned = Learned(checkpoint=checkpoint)
-    if recipe.prune is not None and recipe.finetune is not None:
-        _prove(recipe, checkpoint, store)
+    named = foresight.named_teacher(recipe, store)
+    foresight.check_distill(recipe, checkpoint, named)
+    foresight.prove_cuts(recipe, checkpoint, named, store)
     if recipe.finetune is not None:
         _finetune(recipe, learned, store)
     teacher = learned.checkpoint
@@ -73,24 +75,16 @@ def learn(recipe: Recipe, checkpoint: Checkpoint | None, store: Work) -> Learned
             _prune(recipe, learned, cut_tokens, store)
             teacher = learned.checkpoint
         if cut_rest is not None:
-            _prune(recipe, learned, cut_rest, store)
+            before = learned.prune["tokens"]["before"] if learned.prune is not None else None
+            _prune(recipe, learned, cut_rest, store, tokens_before=before)
     if recipe.distill is not None:
-        _distill(recipe, learned, teacher, store)
+        _distill(recipe, learned, named or teacher, store)
     return learned
 
 
 def starting_point(recipe: Recipe, store: Work) -> Checkpoint | None:
     """The recipe's model; None for sensors without one.  Of several processes the main one fetches it."""
-    from edgeslm.stages.checkpoint import resolve
-
-    if recipe.model is None:
-        return None
-    if store.team is not None and not store.writes:
-        store.team.wait()
-    checkpoint = resolve(recipe.model, base=recipe.base, work=store.path, progress=store.progress)
-    if store.team is not None and store.writes:
-        store.team.wait()
-    return checkpoint
+    return None if recipe.model is None else foresight.resolved(recipe.model, recipe, store)
 
 
 def make_checkpoint(
@@ -111,6 +105,8 @@ def make_checkpoint(
         work or out.with_name(out.name + ".work"), frozenset(), progress or Quiet(), team(processes)
     ) as store:
         learned = learn(recipe, starting_point(recipe, store), store)
+        if store.team is not None:
+            store.team.leave()
         if learned.checkpoint is None or not store.writes:
             return None
         with assembling(out) as beside:
@@ -230,22 +226,6 @@ def sources_digest(sources: Sequence[str], recipe: Recipe) -> str:
 # --- language models and text classifiers ---
 
 
-def _prove(recipe: Recipe, checkpoint: Checkpoint, store: Work) -> None:
-    """Show on a tiny copy that what pruning will leave can be exported, before hours go into training."""
-    from edgeslm.stages import prune
-
-    spec = recipe.prune
-    assert spec is not None
-
-    def produce(directory: Path) -> None:
-        prune.prove(checkpoint, spec, seed=recipe.seed, progress=store.progress)
-        (directory / "proved.json").write_text("{}", encoding="utf-8")
-
-    versions = chosen_versions("edgeslm", "torch", "transformers", "gguf", "llama_cpp_python")
-    inputs = {"spec": asdict(spec), "model": checkpoint.digest, "seed": recipe.seed, "versions": versions}
-    store.stage("prove", inputs, produce)
-
-
 def _finetune(recipe: Recipe, learned: Learned, store: Work) -> None:
     from edgeslm.stages import finetune
     from edgeslm.stages.examples import open_sets
@@ -267,18 +247,21 @@ def _finetune(recipe: Recipe, learned: Learned, store: Work) -> None:
     _note_examples(recipe, learned, examples)
 
 
-def _prune(recipe: Recipe, learned: Learned, spec: PruneSpec, store: Work) -> None:
-    from edgeslm.stages import prune
+def _prune(
+    recipe: Recipe, learned: Learned, spec: PruneSpec, store: Work, *, tokens_before: int | None = None
+) -> None:
+    """tokens_before: of the model before its vocabulary was pruned, where it was."""
+    from edgeslm.stages import prune, target
     from edgeslm.stages.data import calibration_documents, data_digest
 
-    checkpoint = learned.checkpoint
+    checkpoint, made_of = learned.checkpoint, foresight.artifacts(recipe)
     assert checkpoint is not None
 
     def produce(directory: Path) -> None:
         prune.run(
             checkpoint, spec, directory, documents=lambda: calibration_documents(recipe, store.progress),
             context=CALIBRATION_CONTEXT, tokens=recipe.calibrate.tokens, chat=measuring.render_turns, seed=recipe.seed,
-            progress=store.progress,
+            artifacts=made_of, tokens_before=tokens_before, progress=store.progress,
         )  # fmt: skip
 
     inputs = {
@@ -286,6 +269,8 @@ def _prune(recipe: Recipe, learned: Learned, spec: PruneSpec, store: Work) -> No
         "model": checkpoint.digest,
         "data": data_digest(recipe, recipe.data.calibration),
         "tokens": recipe.calibrate.tokens,
+        "artifacts": [asdict(one) for one in made_of] if spec.target_bytes is not None else None,
+        "tokens_before": tokens_before if target.asked(spec) else None,
         "seed": recipe.seed,
         "versions": chosen_versions("edgeslm", "torch", "transformers"),
     }
@@ -296,15 +281,12 @@ def _prune(recipe: Recipe, learned: Learned, spec: PruneSpec, store: Work) -> No
 
 
 def _distill(recipe: Recipe, learned: Learned, teacher: Checkpoint | None, store: Work) -> None:
-    """teacher: the model before pruning; the recipe may name another."""
+    """teacher: the model before pruning, or the one that the recipe names."""
     from edgeslm.stages import distill
-    from edgeslm.stages.checkpoint import resolve
     from edgeslm.stages.examples import open_sets
 
     spec = recipe.distill
     assert spec is not None
-    if spec.teacher is not None:
-        teacher = resolve(spec.teacher, base=recipe.base, work=store.path, progress=store.progress)
     assert teacher is not None
     student = learned.checkpoint if spec.student.kind == "pruned" else None
     examples = _examples(recipe, student or teacher, spec.train.context, store)

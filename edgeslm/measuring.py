@@ -97,18 +97,23 @@ def render_turns(
 
 def identity(bundle: Bundle) -> dict[str, Any]:
     """What a record calls the artifact that it is about."""
-    if bundle.format == "onnx":
+    if bundle.is_classifier:
         from edgeslm.bench.classify_bench import describe_classifier
 
         return describe_classifier(bundle)
-    tensors = read_gguf(bundle.weights).tensors.values()
+    if bundle.format == "onnx":
+        assert bundle.manifest is not None
+        bits = bundle.manifest["quantization"]["bits_per_weight"]
+    else:
+        tensors = read_gguf(bundle.weights).tensors.values()
+        bits = 8 * sum(t.nbytes for t in tensors) / sum(t.parameters for t in tensors)
     return {
         "name": bundle.name,
         "path": str(bundle.path),
         "format": bundle.format,
         "digest": bundle.digest,
         "file_bytes": bundle.size_bytes,
-        "bits_per_weight": 8 * sum(t.nbytes for t in tensors) / sum(t.parameters for t in tensors),
+        "bits_per_weight": bits,
     }
 
 

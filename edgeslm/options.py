@@ -75,7 +75,9 @@ def runner_options(function: Callable[..., Any]) -> Callable[..., Any]:
                      help="Most tokens in one call of the engine."),
         click.option("-ub", "--ubatch", type=click.IntRange(min=1), default=512, show_default=True,
                      help="Most tokens computed at once."),
-        click.option("--kv-type", default="f16", show_default=True, help="Element type of the KV cache."),
+        click.option("--kv-type", help="Element type of the KV cache.  [default: f16; ONNX: as its graph has it]"),
+        click.option("--provider", type=click.Choice(["cpu", "coreml", "xnnpack", "nnapi"]),
+                     help="ONNX: the execution provider.  [default: cpu]"),
         click.option("-fa", "--flash-attention", type=click.Choice(["auto", "on", "off"]), default="auto",
                      callback=_flash, show_default=True),
         click.option("--mmap/--no-mmap", default=True, show_default=True, help="Map the file or read it."),
@@ -84,6 +86,39 @@ def runner_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+SSH = ("ssh_option", "ssh_batch", "python")
+"""Parameters of ssh_options."""
+
+
+def ssh_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How devices are reached over SSH, the same for every command that works on one."""
+    options = (
+        click.option("--ssh-option", multiple=True, metavar="KEY=VALUE",
+                     help="An option of ssh_config, such as Port=2222; may be given several times."),
+        click.option("--ssh-batch", is_flag=True, help="SSH: fail rather than ask for a password or about a host key."),
+        click.option("--python", metavar="PATH",
+                     help="On the device: the Python that has edgeslm.  [default: looked for]"),
+    )  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def on_option(*, multiple: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--on, and with it the options of ssh_options."""
+    several = "; may be given several times" if multiple else ""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        return click.option(
+            "--on",
+            multiple=multiple,
+            metavar="[USER@]HOST[:DIR]",
+            help=f"Run on this device, over SSH{several}.",
+        )(ssh_options(function))
+
+    return add
 
 
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,6 +158,8 @@ def split_rates(
     _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, float]:
     """('failure=0.01', ...) as a mapping; the last '=' divides."""
+    if not all(value.rpartition("=")[0] for value in values):
+        raise click.BadParameter(f"{', '.join(values)!r} is not CLASS=NUMBER, such as failure=0.01")
     try:
         return {
             name: float(number) for name, _, number in (value.rpartition("=") for value in values) if name

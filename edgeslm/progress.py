@@ -17,7 +17,10 @@ class Progress(Protocol):
     def task(
         self, name: str, total: float, unit: str = ""
     ) -> AbstractContextManager[Callable[[float], None]]:
-        """A context whose value is called with the amount done since the last call, in `unit` of `total`."""
+        """A context whose value is called with the amount done since the last call, in `unit` of `total`.
+
+        total: 0 where it is not known.
+        """
 
     def note(self, text: str) -> None:
         """Tell the user one line now, above the bars."""
@@ -57,15 +60,16 @@ class Bars:
     def task(self, name: str, total: float, unit: str = "") -> Iterator[Callable[[float], None]]:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+        done = f"{{task.completed:,.0f}}/{total:,.0f} {unit}" if total else f"{{task.completed:,.0f}} {unit}"
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            TaskProgressColumn(),
-            TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}"),
+            *([TaskProgressColumn()] if total else []),
+            TextColumn(done),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._console, transient=True) as bars:
-            task = bars.add_task(name, total=total)
+            task = bars.add_task(name, total=total or None)
             yield lambda amount: bars.advance(task, amount)
 
     def note(self, text: str) -> None:

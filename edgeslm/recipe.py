@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgeslm.consistency import check_together
+from edgeslm.consistency import FORMATS, check_together
 from edgeslm.errors import RecipeError
-from edgeslm.recipe_tables import TABLES, TOP, Pairs, Table
+from edgeslm.recipe_tables import TABLES, TOP, VARIANTS, Pairs, Table
 from edgeslm.schema import Key, read_table, read_toml, shipped_folder, unknown_name
 from edgeslm.specs import (
     BenchSpec,
@@ -30,11 +30,9 @@ from edgeslm.specs import (
     QuantizeSpec,
     ScrubSpec,
     SimulateSpec,
+    VariantSpec,
     WindowSpec,
 )
-
-USUAL_SCHEMES = {"causal-lm": "int4", "classification": "int8-dynamic"}
-"""Kind of task to the scheme of an ONNX model when a recipe names none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +61,8 @@ class Recipe:
     distill: DistillSpec | None
     calibrate: CalibrateSpec
     quantize: QuantizeSpec
+    variants: tuple[VariantSpec, ...]
+    """Several artifacts in place of the one of `quantize`; empty: that one."""
     decide: DecideSpec
     evaluate: EvaluateSpec
     gate: GateSpec
@@ -83,7 +83,7 @@ def read_recipe(data: dict[str, Any], *, where: str, text: str, base: Path) -> R
     """Check what a recipe holds.  where: what errors call it; base: what relative paths start from."""
     _check_tables(data, where)
     top = read_table(
-        {name: data[name] for name in data if name not in TABLES}, TOP, f"{where}: the top level"
+        {name: data[name] for name in data if name not in (*TABLES, VARIANTS)}, TOP, f"{where}: the top level"
     )
     specs: dict[str, Any] = {
         name: None
@@ -96,6 +96,7 @@ def read_recipe(data: dict[str, Any], *, where: str, text: str, base: Path) -> R
     specs["quantize"] = _with_defaults(specs["quantize"], data.get("quantize", {}), top["task"])
     if specs["data"].train and not specs["data"].calibration:
         specs["data"] = replace(specs["data"], calibration=specs["data"].train)
+    specs["variants"] = _variants(data, top["task"], where)
     recipe = Recipe(
         **{"model": None, "device": None, "seed": 0, "licence": None, **top},
         **specs,
@@ -107,19 +108,43 @@ def read_recipe(data: dict[str, Any], *, where: str, text: str, base: Path) -> R
     return recipe
 
 
+def usual_scheme(task: str, format_: str) -> str:
+    """What a model of the task is quantized to in a format when nobody says."""
+    if format_ == "gguf":
+        return QuantizeSpec().scheme
+    return "int4" if task == "causal-lm" else "int8-dynamic"
+
+
 def _with_defaults(spec: QuantizeSpec, given: dict[str, Any], task: str) -> QuantizeSpec:
     """A classifier is written as float32 ONNX unless told otherwise; each format has a usual scheme."""
     if task != "causal-lm" and not given:
         return QuantizeSpec(format="onnx", scheme="F32")
-    if spec.format == "onnx" and "scheme" not in given:
-        return replace(spec, scheme=USUAL_SCHEMES["causal-lm" if task == "causal-lm" else "classification"])
-    return spec
+    return spec if "scheme" in given else replace(spec, scheme=usual_scheme(task, spec.format))
+
+
+def _variants(data: dict[str, Any], task: str, where: str) -> tuple[VariantSpec, ...]:
+    """Each of [[variants]] is a name and what [quantize] would hold."""
+    if VARIANTS not in data:
+        return ()
+    given = data[VARIANTS]
+    if not isinstance(given, list) or not given or not all(isinstance(each, dict) for each in given):
+        raise RecipeError(
+            f"{where}: {VARIANTS} is no list of tables", hint=f"write [[{VARIANTS}]] above each one"
+        )
+    found = []
+    for number, table in enumerate(given, 1):
+        top = {"name": table["name"]} if "name" in table else {}
+        name = read_table(top, {"name": TOP["name"]}, f"{where}: [[{VARIANTS}]] {number}")["name"]
+        rest = {"format": FORMATS[task][0], **{key: table[key] for key in table if key != "name"}}
+        spec = _read(rest, TABLES["quantize"], f"{where}: [{VARIANTS}.{name}]")
+        found.append(VariantSpec(name=name, quantize=_with_defaults(spec, rest, task)))
+    return tuple(found)
 
 
 def _check_tables(data: dict[str, Any], where: str) -> None:
     """Every table is a known one, and every known table is a table."""
     for name, value in data.items():
-        if isinstance(value, dict) and name not in TABLES:
+        if isinstance(value, dict) and name not in (*TABLES, VARIANTS):
             raise unknown_name(
                 f"{where}: [{name}] is not a table of this version's recipes", name, tuple(TABLES)
             )

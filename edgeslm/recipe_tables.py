@@ -40,6 +40,9 @@ SCHEMES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_
 ONNX_SCHEMES = ("F32", "int8-dynamic", "int8-static", "int8", "int4", "int4-int8")
 """Schemes of an ONNX model: int8 and int4 are of the weights alone, int4-int8 is a mixture of both."""
 
+VARIANTS = "variants"
+"""The list of tables that each have a name and the keys of [quantize]."""
+
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
@@ -154,6 +157,7 @@ TABLES: dict[str, Table] = {
         "hidden_size": Key(kind="integer", low=32, high=2**20),
         "vocabulary": Key(kind="boolean"),
         "target": Key(kind="number", low=POSITIVE, high=1e13),
+        "target_bytes": Key(kind="integer", low=1, high=10**14),
         "multiple": Key(kind="integer", low=1, high=4096),
     }, optional=True),
     "distill": Table(DistillSpec, {
@@ -198,6 +202,7 @@ TABLES: dict[str, Table] = {
         "max_perplexity_ratio": Key(kind="number", low=0),
         "min_accuracy": Key(kind="number", low=0, high=1),
         "min_macro_f1": Key(kind="number", low=0, high=1),
+        "min_level_agreement": Key(kind="number", low=0, high=1),
         "max_file_bytes": Key(kind="integer", low=1),
         "min_decode_tokens_per_s": Key(kind="number", low=0),
         "max_peak_rss_bytes": Key(kind="integer", low=1),

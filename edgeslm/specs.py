@@ -145,7 +145,8 @@ class PruneSpec:
     drop_layers: int | None = None
     """Layers that go."""
     layers_by: str = "cosine"
-    """Which layers go: those of least cosine influence, or those whose loss costs the least perplexity."""
+    """Which layers go: those of least cosine influence, or one after the other those that cost the least perplexity
+    (minutes; with a target all at once)."""
     mlp_width: int | None = None
     """Channels of each MLP that remain."""
     kv_heads: int | None = None
@@ -156,6 +157,8 @@ class PruneSpec:
     """Drop the tokens that the training text never uses."""
     target: float | None = None
     """Below 1: share of the parameters that remain; above: parameters.  Chooses layers and widths itself."""
+    target_bytes: int | None = None
+    """The same in bytes of the exported file, as [quantize] has it; of several variants of the largest."""
     multiple: int | None = None
     """Widths are rounded down to it; None: 256 where that costs at most an eighth of the width, else 32."""
 
@@ -254,6 +257,15 @@ class QuantizeSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VariantSpec:
+    """One of several artifacts that a recipe makes of one learned model."""
+
+    name: str
+    """Its bundle's directory, in the one that the build makes."""
+    quantize: QuantizeSpec
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateSpec:
     """How quality is measured on held-out text."""
 
@@ -272,6 +284,8 @@ class GateSpec:
     max_perplexity_ratio: float | None = None
     min_accuracy: float | None = None
     min_macro_f1: float | None = None
+    min_level_agreement: float | None = None
+    """ONNX with 4 or 8 bit products: how often the likeliest token is that of accuracy level 0; None: 0.9."""
     max_file_bytes: int | None = None
     min_decode_tokens_per_s: float | None = None
     max_peak_rss_bytes: int | None = None

@@ -1,17 +1,8 @@
-"""The commands that make a checkpoint: finetune, prune, distill.  Their options are the recipe's keys.
-
-Each option's name, values and help come from the recipe's tables and from edgeslm.specs, so that a
-recipe and a command line can't drift apart.
-"""
+"""The commands that make a checkpoint: finetune, prune, distill.  Their options are the recipe's keys."""
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
-from dataclasses import fields
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,74 +11,13 @@ import click
 from edgeslm import specs
 from edgeslm.options import emit, json_option, processes_option, progress_for
 from edgeslm.recipe import read_recipe
-from edgeslm.recipe_tables import TABLES, Table
-from edgeslm.schema import Key
+from edgeslm.recipe_tables import SCHEMES
+from edgeslm.table_options import as_tables, table_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     Command = Callable[..., Any]
-
-PREFIXES = {"student": "student_", "train": ""}
-"""Table inside a table to what its options begin with; the student's kind is --student itself."""
-
-
-def table_options(*names: str) -> Callable[[Command], Command]:
-    """Options for all keys of the tables `names` and of the tables in them."""
-
-    def decorate(command: Command) -> Command:
-        for name in reversed(names):
-            for option in reversed(list(_options(TABLES[name], (name,), ""))):
-                command = option(command)
-        return command
-
-    return decorate
-
-
-def _options(table: Table, place: tuple[str, ...], prefix: str) -> Iterator[Any]:
-    """place: the tables that lead to the key; it is kept in the parameter's name, as data__train."""
-    texts = field_texts(table.make)
-    defaults = {field.name: field.default for field in fields(table.make)}
-    for key, kind in table.keys.items():
-        if isinstance(kind, Table):
-            yield from _options(kind, (*place, key), PREFIXES[key])
-        elif isinstance(kind, Key):
-            word = prefix.rstrip("_") if key == "kind" else prefix + key
-            yield _option(word, "__".join((*place, key)), kind, texts.get(key, ""), defaults[key])
-
-
-def _option(word: str, parameter: str, key: Key, text: str, default: Any) -> Any:
-    flag = "--" + word.replace("_", "-")
-    shown = "" if default in (None, (), False) else f"  [default: {default}]"
-    if key.kind == "boolean":
-        flag = f"{flag}/--no-{flag[2:]}" if default else flag
-        return click.option(flag, parameter, is_flag=True, default=None, help=text + shown)
-    types: dict[str, Any] = {"integer": int, "integers": int, "number": float}
-    kind = click.Choice(key.choices) if key.choices else types.get(key.kind, str)
-    return click.option(
-        flag,
-        parameter,
-        type=kind,
-        multiple=key.kind in ("strings", "integers"),
-        default=None,
-        help=text + shown,
-    )
-
-
-@cache
-def field_texts(make: type) -> dict[str, str]:
-    """The text below each field of a specification, as its source has it."""
-    body = next(
-        node.body
-        for node in ast.parse(inspect.getsource(specs)).body
-        if isinstance(node, ast.ClassDef) and node.name == make.__name__
-    )
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
-    }  # fmt: skip
 
 
 def _run(stage: str, model: str | None, options: dict[str, Any]) -> None:
@@ -106,14 +36,8 @@ def _run(stage: str, model: str | None, options: dict[str, Any]) -> None:
         values["scrub"] = {}
     if model is not None:
         values["model"] = model
-    for parameter, value in options.items():
-        if value is None or value == ():
-            continue
-        *place, key = parameter.split("__")
-        table = values
-        for name in place:
-            table = table.setdefault(name, {})
-        table[key] = list(value) if isinstance(value, tuple) else value
+    for name, table in as_tables(options).items():
+        values.setdefault(name, {}).update(table)
     recipe = read_recipe(
         values, where=f"edgeslm {stage}", text=json.dumps(values, ensure_ascii=False), base=Path.cwd()
     )
@@ -164,6 +88,14 @@ def finetune(model: str | None, **options: Any) -> None:
 @click.command()
 @click.argument("model")
 @table_options("data", "prune")
+@click.option(
+    "--scheme",
+    "quantize__scheme",
+    type=click.Choice(SCHEMES),
+    default="F16",
+    show_default=True,
+    help="What --target-bytes are bytes of: a GGUF file of this scheme.",
+)
 @_shared
 def prune(model: str, **options: Any) -> None:
     """Cut the layers, widths or tokens of MODEL that matter least on the calibration text.
@@ -172,6 +104,7 @@ def prune(model: str, **options: Any) -> None:
 
     \b
     Example:  edgeslm prune ./tuned --calibration domain.txt --drop-layers 6 --out smaller
+              edgeslm prune ./tuned --calibration domain.txt --target-bytes 60000000 --scheme IQ4_NL --out smaller
     """
     _run("prune", model, options)
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from edgeslm import operators
 from edgeslm.gguf_file import GGML_TYPES
 from edgeslm.safetensors_file import SafeTensor
 
@@ -15,13 +18,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from edgeslm.gguf_file import GgufFile, TensorInfo
-    from edgeslm.onnx_file import OnnxTensor
+    from edgeslm.onnx_file import OnnxFile, OnnxTensor
 
     Stored = TensorInfo | SafeTensor
     Tensor = Stored | OnnxTensor
     Record = dict[str, Any]
 
+MIN_COPY_BYTES = 2**16
+"""Smaller weights may be equal by chance, or be there twice for all it matters."""
+_LOOKUPS = ("ai.onnx:Gather", "com.microsoft:GatherBlockQuantized")
+_PRODUCTS = ("ai.onnx:MatMul", "ai.onnx:Gemm", "ai.onnx:MatMulInteger", "com.microsoft:MatMulNBits")
+_WORDS = {"F32": "<u4", "F16": "<u2", "BF16": "<u2", "I8": "u1", "U8": "u1"}
 FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """What llama-quantize writes for rows that don't fill blocks of 256 (llama-quant.cpp, tensor_type_fallback)."""
 
@@ -113,6 +123,82 @@ def _same_bytes(one: Path, one_offset: int, other: Path, other_offset: int, nbyt
                 return False
             nbytes -= len(part)
     return True
+
+
+def onnx_traps(file: OnnxFile, audited: bool) -> list[Record]:
+    """Traps of an ONNX graph.  audited: whether its accuracy level was held against exact activations."""
+    return [*_copied_tables(file), *_accuracy_traps(file, audited), *_operator_traps(file)]
+
+
+def _copied_tables(file: OnnxFile) -> list[Record]:
+    """A table of vectors that a product has once more: as it is, or turned."""
+    tables = dict.fromkeys(node.inputs[0] for node in file.nodes if node.operator in _LOOKUPS and node.inputs)
+    weights = dict.fromkeys(node.inputs[1] for node in file.nodes
+                            if node.operator in _PRODUCTS and len(node.inputs) > 1)  # fmt: skip
+    found = []
+    for table in filter(None, map(file.tensors.get, tables)):
+        for weight in filter(None, map(file.tensors.get, weights)):
+            if weight.name == table.name or table.nbytes < MIN_COPY_BYTES or not _same_values(table, weight):
+                continue
+            text = (
+                f"{weight.name} is a copy of {table.name}: {weight.parameters:,} values and "
+                f"{weight.nbytes:,} bytes are there twice"
+            )
+            found.append(trap("tied_head", text, "export it again: edgeslm keeps tied weights once"))
+    return found
+
+
+def _same_values(one: OnnxTensor, other: OnnxTensor) -> bool:
+    if one.nbytes != other.nbytes or one.type != other.type or one.offset is None or other.offset is None:
+        return False
+    if one.path == other.path and one.offset == other.offset:
+        return False  # the same bytes under two names
+    if _same_bytes(one.path, one.offset, other.path, other.offset, one.nbytes):
+        return True
+    if len(one.shape) != 2 or other.shape != one.shape[::-1] or one.type not in _WORDS:
+        return False
+    first, second = _mapped(one), _mapped(other)
+    step = max(1, 2**20 // one.shape[1])
+    return all(
+        np.array_equal(first[start : start + step], second[:, start : start + step].T)
+        for start in range(0, one.shape[0], step)
+    )
+
+
+def _mapped(tensor: OnnxTensor) -> NDArray[Any]:
+    """The values [rows, columns] where they lie, as whole numbers of their size."""
+    assert tensor.offset is not None
+    return np.memmap(tensor.path, _WORDS[tensor.type], "r", tensor.offset, tensor.shape)
+
+
+def _accuracy_traps(file: OnnxFile, audited: bool) -> list[Record]:
+    levels = [
+        node.attributes.get("accuracy_level", 0)
+        for node in file.nodes
+        if node.operator == "com.microsoft:MatMulNBits"
+    ]
+    found = []
+    if levels and not all(levels):
+        text = (
+            f"{levels.count(0)} of {len(levels)} MatMulNBits have no accuracy_level: activations stay float32, "
+            "which is exact and about half as fast"
+        )
+        found.append(trap("accuracy_level", text, "set accuracy_level = 4 in [quantize.onnx] and audit it"))
+    if 4 in levels and not audited:
+        text = (
+            f"{levels.count(4)} of {len(levels)} MatMulNBits have accuracy_level 4: activations become 8 bits, "
+            "which can change the answers, and nobody has compared them"
+        )
+        found.append(trap("accuracy_level", text, "build it with edgeslm, which audits the level"))
+    return found
+
+
+def _operator_traps(file: OnnxFile) -> list[Record]:
+    foreign = operators.unknown(file)
+    if not foreign:
+        return []
+    text = f"it needs operators that ONNX Runtime does not bring along: {', '.join(foreign[:4])}"
+    return [trap("operators", text, "export the model without custom operators")]
 
 
 def template_traps(tokenizer: Record) -> list[Record]:

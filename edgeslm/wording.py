@@ -21,6 +21,7 @@ BOUNDS = {
     "max_perplexity_ratio": "perplexity ratio",
     "min_accuracy": "accuracy",
     "min_macro_f1": "macro F1",
+    "min_level_agreement": "agreement with accuracy level 0",
     "max_file_bytes": "file size",
     "min_decode_tokens_per_s": "decode speed",
     "max_peak_rss_bytes": "peak RSS",
@@ -236,10 +237,12 @@ def bound_value(bound: str, value: float | None, digits: int = 3) -> str:
 def gate_miss(miss: Mapping[str, Any]) -> str:
     """'mean KL divergence 0.0817 nats is 0.0317 nats over max_kl_nats = 0.0500 nats'.
 
-    miss: {bound, limit, value} with value None where it could not be measured.
+    miss: {bound, limit, value} with value None where it could not be measured; variant: whose miss it is.
     """
     bound, limit, value = text(miss.get("bound")), miss.get("limit"), miss.get("value")
     quantity = BOUNDS.get(bound, bound)
+    if miss.get("variant"):
+        quantity = f"{miss['variant']}: {quantity}"
     if value is None or limit is None:
         return f"{quantity} not measured: no verdict on {bound} = {bound_value(bound, limit)}"
     digits = 3

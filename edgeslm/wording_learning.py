@@ -225,6 +225,25 @@ def base_rates(decision: Record) -> str:
     return f"{now} (in training {', '.join(map(percent, trained))})"
 
 
+def alarms(record: Record | None) -> str:
+    """'announced 58 s before failure against 31 s of a tuned threshold on rms at 0.4 % false alarms'."""
+    record = record or {}
+    score, baseline = record.get("score") or {}, record.get("baseline") or {}
+    lead, other = score.get("mean_lead_s"), baseline.get("mean_lead_s")
+    if lead is None or other is None:
+        return NOT_AVAILABLE
+    return (
+        f"announced {_lead(lead)} before {text(record.get('positive'))} against {_lead(other)} of a "
+        f"tuned threshold on {text(baseline.get('name'))}, at {percent(record.get('false_alarm_rate'))} false alarms; "
+        f"{count(score.get('announced'))} against {count(baseline.get('announced'))} of "
+        f"{count(record.get('machines'), 'machine')}"
+    )
+
+
+def _lead(seconds: float) -> str:
+    return duration(seconds) if seconds >= 1 else f"{significant(seconds)} s"
+
+
 def decision_rule(decision: Record) -> str:
     """'failure from a probability of 4.8 % on'; 'least expected cost'; n/a for the likeliest class."""
     threshold = decision.get("threshold")

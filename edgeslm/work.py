@@ -48,6 +48,8 @@ class Work:
     team: Team | None = None
     clock: Callable[[], float] = time.monotonic
     stages: list[dict[str, Any]] = field(default_factory=list)
+    settled: set[str] = field(default_factory=set)
+    """Keys of the stages that this build has run or skipped: `force` asks for none of them again."""
 
     def stage(self, name: str, inputs: Mapping[str, Any], produce: Callable[[Path], None]) -> Path:
         """The directory with the stage's result: an earlier one made of equal inputs, or a new one.
@@ -74,7 +76,7 @@ class Work:
             self._follow(self.team, kept, produce)
             return final
         start = self.clock()
-        skipped = name not in self.force and _is_whole(final, key)
+        skipped = (name not in self.force or key in self.settled) and _is_whole(final, key)
         if skipped:
             self.progress.note(f"{name}: skipped, its result is there")
         if self.team is not None and (skipped or not together):
@@ -93,6 +95,7 @@ class Work:
         if self.team is not None:
             self.team.wait()
         seconds = self.clock() - start
+        self.settled.add(key)
         self.stages.append({"name": name, "key": key, "skipped": skipped, "seconds": seconds})
         self.log("skipped" if skipped else "finished", stage=name, key=key, seconds=seconds)
         return final
@@ -156,6 +159,9 @@ class Team(Protocol):
 
     def wait(self) -> None:
         """Return when all processes have come here."""
+
+    def leave(self) -> None:
+        """The last call of every process: return when all are here, and cut the connections between them."""
 
 
 @contextmanager

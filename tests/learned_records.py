@@ -63,7 +63,25 @@ def deployed_quality() -> dict[str, Any]:
         "positive": "failure", "threshold": 1 / 21,
     }  # fmt: skip
     record["protocol"] |= {"prior": [0.01, 0.99], "groups": 3, "truncated": None}
+    record["alarms"] = alarms()
     return record
+
+
+def alarms() -> dict[str, Any]:
+    """Three bearings: one announced early, one by the model alone, one by neither."""
+    leads = {"bearing-01": 58.0, "bearing-02": 41.0, "bearing-03": None}
+    plain = {"bearing-01": 31.0, "bearing-02": None, "bearing-03": None}
+    rate = {"false_alarms": 5, "false_alarm_rate": 0.0042}
+    return {
+        "schema": "edgeslm.alarms/1", "warning_s": 60.0, "false_alarm_rate": 0.0042, "machines": 3,
+        "positive": "failure", "gain_s": {"value": 22.67, "low": 0.0, "high": 41.0}, "earlier": 2, "later": 0,
+        "never_later": True,
+        "score": {"threshold": 1 / 21, "lead_s": leads, "announced": 2, "mean_lead_s": 33.0, **rate},
+        "baseline": {
+            "threshold": 1.93, "lead_s": plain, "announced": 1, "mean_lead_s": 31 / 3, "name": "rms, mean of 8 rows",
+            **rate,
+        },
+    }  # fmt: skip
 
 
 def predict(rate: float = 410.0, batch: int = 1, **changes: Any) -> dict[str, Any]:

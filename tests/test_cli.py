@@ -20,17 +20,23 @@ COMMANDS = (
     "bench",
     "build",
     "chat",
+    "classify",
+    "deploy",
+    "device",
     "devices",
     "distill",
     "doctor",
     "eval",
     "finetune",
+    "fit",
     "generate",
     "init",
     "inspect",
+    "predict",
     "prune",
     "quantize",
     "report",
+    "serve",
 )
 
 
@@ -49,7 +55,7 @@ def test_every_command_is_there_with_help_an_example_and_json() -> None:
         done = edgeslm(name, "--help")
         assert done.returncode == 0
         assert "Example:" in done.stdout, name
-        assert "--json" in done.stdout, name
+        assert name == "serve" or "--json" in done.stdout, name
 
 
 def test_help_fits_a_terminal_and_cuts_no_sentence() -> None:

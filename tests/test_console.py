@@ -175,6 +175,7 @@ def test_build_of_a_cut_model_tells_each_stage_in_order() -> None:
 
 def test_a_classifier_s_quality_names_rates_and_thresholds() -> None:
     text = console.quality_text(learned_records.deployed_quality())
+    assert "announced 33.0 s before failure against 10.3 s" in " ".join(text.split())
     assert "failure 1.0 %, normal 99.0 % (in training 20.0 %, 80.0 %)" in text
     assert "failure from a probability of 4.8 % on" in text
     grades = console.quality_text(learned_records.task_quality(classes=learned_records.GRADES, ordinal=True))

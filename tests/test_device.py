@@ -17,6 +17,7 @@ from edgeslm.device import (
     probe,
 )
 from edgeslm.errors import RecipeError
+from edgeslm.linux_host import last_level_cache_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -315,15 +316,17 @@ def test_memory_bandwidth_of_this_machine() -> None:
 
 
 def test_default_working_set_is_beyond_the_cache(server: Path) -> None:
-    assert module._last_level_cache_bytes(server) is None
+    assert last_level_cache_bytes(server) is None
     for index, size in enumerate(("32K", "2048K", "491520K")):
         tree(server, {f"sys/devices/system/cpu/cpu0/cache/index{index}/size": size + "\n"})
-    assert module._last_level_cache_bytes(server) == 480 * 2**20
+    assert last_level_cache_bytes(server) == 480 * 2**20
 
 
 def test_profiles_load_and_cite_every_table() -> None:
     names = list_devices()
-    assert {"rpi-zero2w", "rpi4-4gb", "rpi5-8gb", "m1-8gb", "m4-16gb", "x86-64-laptop"} <= set(names)
+    boards = {"rpi-zero2w", "rpi4-4gb", "rpi4-8gb", "rpi5-4gb", "rpi5-8gb", "rpi5-16gb"}
+    macs = {"m1-8gb", "m2-8gb", "m3-8gb", "m4-16gb"}
+    assert boards | macs | {"x86-64-laptop", "linux-x86-64", "linux-aarch64"} == set(names)
     for name in names:
         found = load_device(name)
         assert found.name == name
@@ -331,8 +334,13 @@ def test_profiles_load_and_cite_every_table() -> None:
         values = {
             "bandwidth": found.memory_bandwidth_bytes_per_s,
             "prefill": found.prefill_ops_per_s,
+            "storage": found.storage_bytes_per_s,
             "power": found.max_power_w,
         }
+        assert found.memory_system_bytes is not None
+        assert 0 < found.memory_system_bytes < found.memory_bytes
+        assert set(found.prefill_family_ops_per_s) <= set(module.FAMILIES)
+        assert (found.accelerator == "metal") == (name in macs)
         for table, value in values.items():
             assert (value is not None) == (table in found.sources), "a value without a source"
         assert all(len(source) > 20 for source in found.sources.values())

@@ -14,7 +14,7 @@ import pytest
 
 from edgeslm import learning, pipeline
 from edgeslm.bundle import open_bundle
-from edgeslm.errors import DataError, EdgeslmError, ModelError
+from edgeslm.errors import DataError, EdgeslmError, ModelError, RecipeError
 from edgeslm.recipe import load_recipe
 from edgeslm.specs import PruneSpec
 
@@ -130,6 +130,52 @@ def test_a_killed_training_goes_on(language: Path, monkeypatch: pytest.MonkeyPat
     assert ran(build(language))[0] == "distill"
 
 
+@pytest.mark.workstation
+@pytest.mark.parametrize(
+    ("distill", "error", "message"),
+    [
+        ('mode = "on-policy"\ncache_top_k = 8', RecipeError, "cache_top_k"),
+        ('teacher = "other"', ModelError, "tokenizer"),
+        ('student = {kind = "smaller", layers = 3}', ModelError, "3 of 3 layers"),
+    ],
+)
+def test_what_distilling_will_refuse_is_refused_before_anything_is_trained(
+    language: Path, distill: str, error: type[EdgeslmError], message: str
+) -> None:
+    from tests.models import write_hf_model
+
+    write_hf_model(language / "other", "qwen2")
+    text = (language / "r.toml").read_text()
+    write(language, text.replace("[distill.train]", f"[distill]\n{distill}\n[distill.train]"))
+    with pytest.raises(error, match=message):
+        build(language)
+    log = (language / "out.work" / "run.jsonl").read_text()
+    assert "finetune" not in log
+
+
+@pytest.mark.workstation
+def test_a_student_of_fewer_layers_is_proven_before_it_is_taught(
+    language: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeslm.stages import distill, prune
+
+    text = (language / "r.toml").read_text()
+    start, end = text.index("[finetune.train]"), text.index("[distill.train]")
+    write(language, f'{text[:start]}[distill.student]\nkind = "smaller"\nlayers = 2\n{text[end:]}')
+    proven, taught = [], []
+
+    def refuse(checkpoint: Any, spec: PruneSpec, **_: Any) -> None:
+        proven.append(spec)
+        raise ModelError("llama.cpp can't hold it")
+
+    monkeypatch.setattr(prune, "prove", refuse)
+    monkeypatch.setattr(distill, "run", lambda *_, **__: taught.append(1))
+    with pytest.raises(ModelError, match="can't hold"):
+        build(language)
+    assert proven == [PruneSpec(drop_layers=1)]
+    assert not taught
+
+
 @pytest.fixture
 def letters(tmp_path: Path) -> Path:
     """A recipe that fine-tunes a tiny encoder and distils it into a recurrent network."""
@@ -235,6 +281,12 @@ def test_a_sensor_model_from_table_to_bundle(machines: Path) -> None:
     assert result["quality"]["macro"]["f1"]["value"] > 0.8
     record = pipeline.evaluate(machines / "out", [str(machines / "readings.csv")], prior={"failing": 0.25})
     assert record["accuracy"]["value"] > 0.9
+    alarms = result["quality"]["alarms"]
+    assert alarms["machines"] == 2
+    assert alarms["warning_s"] == 30
+    assert alarms["score"]["announced"] == 2
+    assert record["alarms"]["machines"] == 6
+    assert "Announced before failure" in (machines / "out" / "report.md").read_text()
     assert ran(build(machines)) == []
     manifest = open_bundle(machines / "out", verify=True).manifest
     assert manifest is not None
@@ -272,25 +324,33 @@ def test_commands_make_checkpoints_with_the_recipes_keys(language: Path) -> None
     assert json.loads((language / "small" / "config.json").read_text())["num_hidden_layers"] == 2
 
 
+def launched(folder: Path, processes: int) -> dict[str, Any]:
+    """The record of `accelerate launch -m edgeslm build` on so many processes."""
+    several = ["--multi_gpu"] if processes > 1 else ["--cpu"]
+    out = folder / f"out-{processes}"
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes),
+         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+         "-m", "edgeslm", "build", str(folder / "r.toml"), "--out", str(out), "--json"],
+        capture_output=True, text=True, check=False, timeout=600, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"schema"')]
+    assert len(records) == 1
+    assert {one["processes"] for one in records[0]["training"]} == {processes}
+    open_bundle(out, verify=True)
+    record: dict[str, Any] = records[0]
+    return record
+
+
 @pytest.mark.workstation
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(language: Path) -> None:
-    """`accelerate launch -m edgeslm build` on two processes: the same losses, one bundle, one report."""
-    losses = {}
-    for processes in (1, 2):
-        several = ["--multi_gpu"] if processes > 1 else ["--cpu"]
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes),
-                    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-                    "--main_process_port", "0"]  # fmt: skip
-        out = language / f"out-{processes}"
-        done = subprocess.run(
-            [*launcher, "-m", "edgeslm", "build", str(language / "r.toml"), "--out", str(out), "--json"],
-            capture_output=True, text=True, check=False, timeout=600, cwd=ROOT,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"schema"')]
-        assert len(records) == 1
-        losses[processes] = [point["loss"] for one in records[0]["training"] for point in one["curve"]]
-        assert [one["processes"] for one in records[0]["training"]] == [processes, processes]
-        open_bundle(out, verify=True)
-    assert losses[2] == pytest.approx(losses[1], rel=0.01)
+@pytest.mark.parametrize("recipe", ["language", "machines"])
+def test_two_processes_learn_what_one_does(recipe: str, request: pytest.FixtureRequest) -> None:
+    """The same losses of every step and of the held-out examples, one bundle, one report."""
+    folder = request.getfixturevalue(recipe)
+    one, two = (launched(folder, processes)["training"] for processes in (1, 2))
+    for points in ("curve", "evaluations"):
+        losses = [[point["loss"] for each in training for point in each[points]] for training in (one, two)]
+        assert losses[0]
+        assert losses[1] == pytest.approx(losses[0], rel=0.01)

@@ -64,26 +64,113 @@ def test_types_are_those_of_the_onnx_package(tmp_path: Path) -> None:
             assert onnx.helper.tensor_dtype_to_np_dtype(number).itemsize * 8 >= bits
 
 
-def test_weights_in_other_files_are_refused(tmp_path: Path) -> None:
-    outside = field(13, field(1, "location") + field(2, "../../etc/passwd"))
-    for harm in (outside, field(14, 1)):
-        bad = tensor("w", np.zeros(2, np.float32), harm)
-        inner = graph([], [bad], [], [])
-        constant = field(2, "c") + field(4, "Constant")
-        sparse = field(1, bad) + field(2, tensor("i", np.zeros(1, np.int64)))
-        for data in (
-            graph([], [bad], [], []),
-            graph([constant + field(5, field(1, "value") + field(5, bad))], [], [], []),
-            graph([constant + field(5, field(1, "values") + field(10, bad))], [], [], []),
-            graph(
-                [node("If", ("x",), "y") + field(5, field(1, "then_branch") + field(6, inner))], [], [], []
-            ),
-            graph([node("X", ("x",), "y") + field(5, field(1, "g") + field(11, inner))], [], [], []),
-            graph([constant + field(5, field(1, "sparse_value") + field(22, sparse))], [], [], []),
-            graph([], [], [], []) + field(15, sparse),
-        ):
-            with pytest.raises(ModelError, match="kept in another file"):
-                read_onnx(written(tmp_path / "m.onnx", model(data)))
+def outside(name: str, location: str, *more: tuple[str, str], shape: tuple[int, ...] = (4, 2)) -> bytes:
+    """A float32 TensorProto that is kept in another file."""
+    dims = b"".join(field(1, extent) for extent in shape)
+    keys = (("location", location), *more)
+    entries = b"".join(field(13, field(1, key) + field(2, value)) for key, value in keys)
+    return dims + field(2, 1) + field(8, name) + entries + field(14, 1)
+
+
+def test_weights_beside_the_file_are_read_where_they_lie(tmp_path: Path) -> None:
+    """As the onnx package writes them; two names may share bytes."""
+    onnx = pytest.importorskip("onnx")
+    values = {name: np.arange(600, dtype=np.float32).reshape(20, 30) + i for i, name in enumerate("ab")}
+    graph_proto = onnx.helper.make_graph(
+        [], "g", [], [], [onnx.numpy_helper.from_array(array, name) for name, array in values.items()]
+    )
+    path = tmp_path / "m.onnx"
+    onnx.save_model(
+        onnx.helper.make_model(graph_proto), path, save_as_external_data=True, location="m.onnx.data",
+        size_threshold=0,
+    )  # fmt: skip
+    file = read_onnx(path)
+    assert file.data_files == (tmp_path / "m.onnx.data",)
+    data = file.data_files[0].read_bytes()
+    for name, array in values.items():
+        tensor = file.tensors[name]
+        assert (tensor.path, tensor.nbytes) == (file.data_files[0], 2400)
+        assert tensor.offset is not None
+        assert data[tensor.offset : tensor.offset + tensor.nbytes] == array.tobytes()
+
+
+BAD_PLACES: dict[str, tuple[bytes, str]] = {
+    "above": (outside("w", "../weights"), "no name of a file beside it"),
+    "absolute": (outside("w", "/etc/passwd"), "no name of a file beside it"),
+    "below": (outside("w", "folder/weights"), "no name of a file beside it"),
+    "Windows": (outside("w", "C:weights"), "no name of a file beside it"),
+    "dots": (outside("w", ".."), "no name of a file beside it"),
+    "nothing": (outside("w", ""), "no name of a file beside it"),
+    "memory": (outside("w", "*/_ORT_MEM_ADDR_/*", ("offset", "4096")), "no name of a file beside it"),
+    "missing": (outside("w", "gone.data"), "gone.data, which holds weights, is missing"),
+    "a folder": (outside("w", "folder"), "a link or no file"),
+    "a link": (outside("w", "link"), "a link or no file"),
+    "too short": (outside("w", "weights", ("offset", "64")), "32 bytes at 64 of weights, which has 64"),
+    "another length": (outside("w", "weights", ("length", "16")), "said to be 16 bytes"),
+    "far away": (outside("w", "weights", ("offset", str(2**62))), "which has 64"),
+    "negative": (outside("w", "weights", ("offset", "-4")), "kept at '-4'"),
+    "no number": (outside("w", "weights", ("length", "\u0663\u0662")), "kept at '0'"),
+    "askew": (outside("w", "weights", ("offset", "2")), "in the middle of an element"),
+    "unknown key": (outside("w", "weights", ("prepacked_0", "x")), "unknown key 'prepacked_0'"),
+    "here too": (outside("w", "weights") + field(9, bytes(32)), "only weights of the main graph"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_PLACES)
+def test_weights_that_lead_elsewhere_are_refused(name: str, tmp_path: Path) -> None:
+    bad, said = BAD_PLACES[name]
+    (tmp_path / "weights").write_bytes(bytes(64))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "weights")
+    with pytest.raises(ModelError, match=said):
+        read_onnx(written(tmp_path / "m.onnx", model(graph([], [bad], [], []))))
+
+
+def test_only_weights_of_the_main_graph_may_lie_beside(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(bytes(64))
+    bad = outside("w", "weights")
+    inner = graph([], [bad], [], [])
+    constant = field(2, "c") + field(4, "Constant")
+    sparse = field(1, bad) + field(2, tensor("i", np.zeros(1, np.int64)))
+    function = (
+        field(1, "F") + field(10, "mine") + field(7, constant + field(5, field(1, "value") + field(5, bad)))
+    )
+    for data in (
+        model(graph([constant + field(5, field(1, "value") + field(5, bad))], [], [], [])),
+        model(graph([constant + field(5, field(1, "values") + field(10, bad))], [], [], [])),
+        model(
+            graph([node("If", ("x",), "y") + field(5, field(1, "then_branch") + field(6, inner))], [], [], [])
+        ),
+        model(graph([node("X", ("x",), "y") + field(5, field(1, "g") + field(11, inner))], [], [], [])),
+        model(graph([constant + field(5, field(1, "sparse_value") + field(22, sparse))], [], [], [])),
+        model(graph([], [], [], []) + field(15, sparse)),
+        model(graph([], [], [], [])) + field(25, function),
+    ):
+        with pytest.raises(ModelError, match="only weights of the main graph"):
+            read_onnx(written(tmp_path / "m.onnx", data))
+    assert read_onnx(written(tmp_path / "m.onnx", model(inner))).tensors["w"].nbytes == 32
+
+
+def test_operators_are_those_of_every_graph(tmp_path: Path) -> None:
+    inner = graph([node("Relu", ("x",), "y")], [], [], [])
+    branch = node("If", ("x",), "y") + field(5, field(1, "b") + field(6, inner))
+    foreign = node("Fancy", ("x",), "z", depth=2**64 - 3) + field(7, "mine")
+    function = field(1, "Fancy") + field(10, "mine") + field(7, node("Tanh", ("x",), "y"))
+    file = read_onnx(
+        written(tmp_path / "m.onnx", model(graph([branch, foreign], [], [], [])) + field(25, function))
+    )
+    assert file.operators == ("ai.onnx:If", "ai.onnx:Relu", "ai.onnx:Tanh", "mine:Fancy")
+    assert file.functions == ("mine:Fancy",)
+    assert [each.operator for each in file.nodes] == ["ai.onnx:If", "mine:Fancy"]
+    assert file.nodes[1].attributes == {"depth": -3}
+    assert (file.ir_version, file.opsets) == (8, {"ai.onnx": 17})
+
+
+def test_a_tensor_that_declares_more_than_it_holds(tmp_path: Path) -> None:
+    for values in (b"", field(4, bytes(8)), field(7, bytes(3))):
+        bad = field(1, 1000) + field(2, 1) + field(8, "w") + values
+        with pytest.raises(ModelError, match="holds fewer values"):
+            read_onnx(written(tmp_path / "m.onnx", model(graph([], [bad], [], []))))
 
 
 def nested(depth: int) -> bytes:

@@ -148,6 +148,13 @@ def test_make_targets(target: str) -> None:
     assert make("--dry-run", target).returncode == 0
 
 
+def test_slow_tests_bring_their_data_and_do_not_depend_on_them() -> None:
+    rule = make("--dry-run", "--always-make", "test-slow").stdout.replace("\\\n", "")
+    line = next(line for line in rule.splitlines() if "river==" in line)
+    assert "--no-deps" in line
+    assert "|| echo" in line
+
+
 def test_make_explains_an_old_python(tmp_path: Path) -> None:
     old = tmp_path / "python3.9"
     old.write_text("#!/bin/sh\nexit 1\n")

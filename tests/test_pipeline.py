@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from edgeslm import gate as gate_module
-from edgeslm import measuring, pipeline
+from edgeslm import measuring, pipeline, quantizing
 from edgeslm.bundle import open_bundle
 from edgeslm.errors import BundleError, EdgeslmError, EngineError, GateError, ModelError, RecipeError
 from edgeslm.gguf_file import read_gguf
@@ -333,7 +333,7 @@ def test_a_foreign_directory_is_refused_before_any_work(folder: Path, fakes: Fak
     assert fakes.ran == []
     assert not (folder / "out.work").exists()
     with pytest.raises(BundleError):
-        pipeline.quantize(str(folder / "r" / "model.gguf"), folder / "out")
+        quantizing.quantize(str(folder / "r" / "model.gguf"), folder / "out")
 
 
 def test_a_missing_model_is_named(folder: Path, fakes: Fakes) -> None:
@@ -488,7 +488,7 @@ def test_evaluate_takes_any_reference(source: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 30)
     for scheme in ("F32", "Q8_0", "Q4_0"):
-        pipeline.quantize(str(source), tmp_path / f"{scheme}.gguf", scheme=scheme)
+        quantizing.quantize(str(source), tmp_path / f"{scheme}.gguf", scheme=scheme)
 
     def kl(artifact: str, reference: str) -> float:
         record = pipeline.evaluate(tmp_path / artifact, [str(text)], reference=reference, context=32)
@@ -516,15 +516,15 @@ def test_evaluate_takes_any_reference(source: Path, tmp_path: Path) -> None:
 def test_quantize_writes_a_file_or_a_bundle(source: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 300)
-    made = pipeline.quantize(str(source), tmp_path / "a.gguf", scheme="Q4_0", types={"attn_v": "Q8_0"})
+    made = quantizing.quantize(str(source), tmp_path / "a.gguf", scheme="Q4_0", types={"attn_v": "Q8_0"})
     assert (made["kind"], made["bytes"]) == ("file", (tmp_path / "a.gguf").stat().st_size)
     tensors = read_gguf(tmp_path / "a.gguf").tensors
     assert {info.type for name, info in tensors.items() if "attn_v" in name} == {"Q8_0"}
-    weighed = pipeline.quantize(str(source), tmp_path / "b", scheme="Q4_0", calibration=str(text))
+    weighed = quantizing.quantize(str(source), tmp_path / "b", scheme="Q4_0", calibration=str(text))
     assert (weighed["kind"], weighed["quantization"]["importance"] is None) == ("bundle", False)
     open_bundle(tmp_path / "b", verify=True)
     with pytest.raises(RecipeError, match="matches none"):
-        pipeline.quantize(str(source), tmp_path / "c.gguf", types={"no_such": "Q8_0"})
+        quantizing.quantize(str(source), tmp_path / "c.gguf", types={"no_such": "Q8_0"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b", "text.txt"]
 
 
@@ -536,7 +536,7 @@ def test_quantize_takes_an_importance_matrix(source: Path, tmp_path: Path, suffi
     from edgeslm.stages.calibrate import write_importance
     from tests.stages.test_calibrate import write_legacy
 
-    pipeline.quantize(str(source), tmp_path / "plain.gguf", scheme="Q4_0")
+    quantizing.quantize(str(source), tmp_path / "plain.gguf", scheme="Q4_0")
     tensors = read_gguf(tmp_path / "plain.gguf").tensors
     random = np.random.default_rng(0)
     means = {
@@ -549,7 +549,7 @@ def test_quantize_takes_an_importance_matrix(source: Path, tmp_path: Path, suffi
         write_legacy(path, {name: (1, value.tolist()) for name, value in means.items()})
     else:
         write_importance(path, {name: (value, 1) for name, value in means.items()}, windows=1, context=1)
-    made = pipeline.quantize(str(source), tmp_path / "weighed.gguf", scheme="Q4_0", calibration=str(path))
+    made = quantizing.quantize(str(source), tmp_path / "weighed.gguf", scheme="Q4_0", calibration=str(path))
     assert made["quantization"]["importance"] is not None
     assert (tmp_path / "weighed.gguf").read_bytes() != (tmp_path / "plain.gguf").read_bytes()
 
@@ -562,5 +562,5 @@ def test_what_a_killed_quantize_left_is_removed(source: Path, tmp_path: Path) ->
     left.mkdir()
     mine = tmp_path / f".a.gguf.work-{os.getppid()}"
     mine.mkdir()
-    pipeline.quantize(str(source), tmp_path / "a.gguf", scheme="Q8_0")
+    quantizing.quantize(str(source), tmp_path / "a.gguf", scheme="Q8_0")
     assert sorted(path.name for path in tmp_path.iterdir()) == [mine.name, "a.gguf"]

@@ -113,6 +113,10 @@ def test_defaults_and_frozen(tmp_path: Path) -> None:
         (TOP + "[finetun]", ["[finetun]", "did you mean 'finetune'?", "evaluate, gate, bench"]),
         (TOP + "[finetune]", ["[finetune]", "nothing to learn from", "train in [data]"]),
         (TOP + "[distill]", ["[distill]", "nothing to learn from"]),
+        (
+            TRAINED + "[prune]\ntarget = 0.8\ntarget_bytes = 90_000_000",
+            ["target = 0.8", "target_bytes = 90000000", "keep one"],
+        ),
         (TOP + "[prune]", ["[prune]", "importance", "calibration"]),
         (TOP + "[finetune.train]\nepoch = 1", ["[finetune.train]", "'epoch'", "did you mean 'epochs'?"]),
         (TOP + "[finetune]\ntrain = 1", ["[finetune] train = 1", "is a table with the keys epochs"]),
@@ -130,7 +134,7 @@ def test_defaults_and_frozen(tmp_path: Path) -> None:
         (CLASSES + "[quantize]\nformat = 'onnx'\nscheme = 'Q4_K_M'", ["scheme = 'Q4_K_M'", "F32"]),
         (TOP + "[quantize]\nformat = 'onnx'\nscheme = 'int8-static'", ["int8-static", "causal-lm"]),
         (TOP + "[quantize]\nformat = 'gguf'\nscheme = 'int4'", ["scheme = 'int4'", "Q4_K_M"]),
-        (TOP + "[quantize]\nformat = 'onnx'\n[quantize.types]\n'.*' = 'Q8_0'", ["types", "sensitive"]),
+        (CLASSES + "[quantize]\nformat = 'onnx'\n[quantize.types]\n'.*' = 'Q8_0'", ["types", "sensitive"]),
         (TOP + "[quantize.onnx]\nblock = 48", ["block = 48", "one of 16, 32, 64, 128"]),
         (CLASSES + "[decide.prior]\nspam = 2", ["[decide.prior] spam = 2"]),
         (CLASSES + "[columns]\nordinal = true", ["ordinal = true", "labels = "]),
@@ -203,7 +207,7 @@ def test_every_key_is_a_field_and_every_field_a_key() -> None:
     for table in all_tables():
         assert {field.name for field in dataclasses.fields(table.make)} == set(table.keys), table.make
     assert {field.name for field in dataclasses.fields(module.Recipe)} == {
-        *recipe_tables.TOP, *recipe_tables.TABLES, "text", "sha256", "base"
+        *recipe_tables.TOP, *recipe_tables.TABLES, recipe_tables.VARIANTS, "text", "sha256", "base"
     }  # fmt: skip
 
 

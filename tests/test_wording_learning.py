@@ -125,3 +125,15 @@ def test_reads() -> None:
     sensors = {"kind": "sensors", "rows": 1, "channels": ["a", "b"]}
     assert wording_learning.reads(sensors) == "windows of 1 row, 2 channels"
     assert wording_learning.reads({}) == "n/a"
+
+
+def test_alarms_in_one_line() -> None:
+    said = wording_learning.alarms(learned_records.alarms())
+    assert said == (
+        "announced 33.0 s before failure against 10.3 s of a tuned threshold on rms, mean of 8 rows, "
+        "at 0.4 % false alarms; 2 against 1 of 3 machines"
+    )
+    assert wording_learning.alarms(None) == wording_learning.alarms({"score": {}}) == "n/a"
+    silent = learned_records.alarms()
+    silent["baseline"]["mean_lead_s"] = 0.0
+    assert "against 0.00 s of" in wording_learning.alarms(silent)

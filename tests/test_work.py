@@ -38,6 +38,9 @@ class Member:
     def wait(self) -> None:
         self.meeting.barrier.wait(timeout=10)
 
+    def leave(self) -> None:
+        self.wait()
+
 
 def write_two(directory: Path, kept: Path) -> None:
     (directory / "inner").mkdir()

@@ -19,7 +19,7 @@ from edgeslm.bench import statistics
 from edgeslm.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -118,6 +118,17 @@ def performance(machines: Sequence[Watched], threshold: float, warning_s: float)
         "announced": len(found),
         "mean_lead_s": sum(found) / len(leads) if leads else None,
     }
+
+
+def best_of(baselines: Mapping[str, Sequence[Watched]], rate: float, warning_s: float) -> str:
+    """The baseline of the longest mean lead when its threshold gives that rate of false alarms; the first of equals."""
+
+    def lead_s(name: str) -> float:
+        machines = baselines[name]
+        found = performance(machines, threshold_at(machines, rate, warning_s), warning_s)
+        return float(found["mean_lead_s"] or 0.0)
+
+    return max(baselines, key=lead_s)
 
 
 def compare(

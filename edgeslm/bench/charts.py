@@ -36,8 +36,10 @@ class Curve:
     dots: bool = False
 
 
-def curves(name: str, title: str, lines: Sequence[Curve], *, x_unit: str, y_unit: str) -> str:
-    """Lines on common axes with their names above; there must be a point."""
+def curves(
+    name: str, title: str, lines: Sequence[Curve], *, x_unit: str, y_unit: str, from_zero: bool = False
+) -> str:
+    """Lines on common axes with their names above; there must be a point.  from_zero: where a ratio is the point."""
     drawn = [line for line in lines if line.points]
     top = 22 * len(drawn) + 28
     bottom = top + 210
@@ -45,7 +47,8 @@ def curves(name: str, title: str, lines: Sequence[Curve], *, x_unit: str, y_unit
     y_ends = [y for line in drawn for _, y in line.points]
     margin = (max(y_ends) - min(y_ends)) * 0.06 or abs(max(y_ends)) * 0.05 or 1.0
     x = Scale(low=min(0.0, *x_ends), high=max(x_ends) or 1.0)
-    y = Scale(low=min(y_ends) - margin, high=max(y_ends) + margin, start=bottom, end=top)
+    low = 0.0 if from_zero else min(y_ends) - margin
+    y = Scale(low=low, high=max(y_ends) + margin, start=bottom, end=top)
     y_ticks = linear_ticks(y.low, y.high, 5)
     marks = [f'<line class="grid" {svg.from_to(svg.LEFT, svg.RIGHT, y.at(tick))}/>' for tick in y_ticks]
     for tick in linear_ticks(x.low, x.high, 5):

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeslm.bench import interference
-from edgeslm.bench.measure import SCHEMA, WORDS, Timing
+from edgeslm.bench.measure import SCHEMA, WORDS, Timing, outcome
 from edgeslm.bench.memory import MemoryWatch
+from edgeslm.bench.sustained import sustain_calls
+from edgeslm.bench.watch import watch_machine
 from edgeslm.bundle import open_bundle
 from edgeslm.device import probe
 from edgeslm.errors import RecipeError
@@ -44,6 +46,7 @@ def bench_classifier(
     tokens: Sequence[int] = (),
     threads: Sequence[int] = (),
     repetitions: int = 5,
+    minutes: float | None = None,
     progress: Progress | None = None,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
@@ -52,6 +55,7 @@ def bench_classifier(
 
     batch_sizes: examples in a call.  tokens: lengths of the texts; empty: as long as the model reads.
     threads: counts to measure one after the other; empty: the cores.  seed: of sensor readings.
+    minutes: how long to go on with the last of all these for the speed that lasts.
     Memory is the peak of this process from here on: see measure.bench_artifact.
     Raises BundleError, ModelError or EngineError for the artifact, RecipeError for impossible sizes.
     """
@@ -63,20 +67,26 @@ def bench_classifier(
     bundle = open_bundle(artifact)
     machine = probe()
     memory = MemoryWatch()
-    timing = Timing(clock=clock)
-    loads, runs = [], []
-    for count in threads or (None,):
-        classifier = OrtClassifier(bundle, threads=count, clock=clock)
-        loads.append(classifier.load_s)
-        for length in _lengths(classifier, tokens):
-            for batch in batch_sizes:
-                facts = _facts(classifier, batch, length, repetitions)
-                progress.note(f"bench: predict, {_label(facts)}, {repetitions} times")
-                call = _call(classifier, batch, length, seed)
-                runs.append(facts | measure_predict(call, batch, repetitions, timing))
-                memory.sample()
+    loads: list[float] = []
+    runs: list[dict[str, Any]] = []
+    sustained = None
+    with watch_machine(progress.note) as watch:
+        timing = Timing(clock=clock, observe=watch.observe, complete=watch.complete)
+        for count in threads or (None,):
+            classifier = OrtClassifier(bundle, threads=count, clock=clock)
+            loads.append(classifier.load_s)
+            for length in _lengths(classifier, tokens):
+                for batch in batch_sizes:
+                    facts = _facts(classifier, batch, length, repetitions)
+                    progress.note(f"bench: predict, {_label(facts)}, {repetitions} times")
+                    call = _call(classifier, batch, length, seed)
+                    runs.append(timing.complete(facts | measure_predict(call, batch, repetitions, timing)))
+                    memory.sample()
+        if minutes is not None:
+            sustained = sustain_calls(
+                call, facts, minutes=minutes, watch=watch, clock=clock, progress=progress
+            )
     after = probe()
-    reasons = list(dict.fromkeys(f"{_label(run)}: {reason}" for run in runs for reason in run["reasons"]))
     return {
         "schema": SCHEMA,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -87,9 +97,7 @@ def bench_classifier(
         "memory_bandwidth_bytes_per_s": None,
         "load_s": loads[0],
         "runs": runs,
-        "memory": memory.as_record(),
-        "valid": not reasons,
-        "reasons": reasons,
+        **outcome([(_label(run), run) for run in runs], sustained, memory, watch),
     }
 
 

@@ -116,7 +116,39 @@ def _classes(number: int, entry: Entry, measured: Sequence[Entry]) -> list[Block
     if rows:
         header = ("class", "examples", "chosen", "precision", "recall", "F1")
         blocks.append(Table(caption=said_of(entry, measured, "classes"), header=header, rows=rows))
-    return [*blocks, *_confusion(number, entry, classes, measured), *_calibration(number, entry, measured)]
+    blocks += [*_confusion(number, entry, classes, measured), *_calibration(number, entry, measured)]
+    return [*blocks, *_alarms(entry, measured)]
+
+
+def _alarms(entry: Entry, measured: Sequence[Entry]) -> list[Block]:
+    """How long before each machine's failure it was announced, and by a plain threshold."""
+    alarms = at(entry, "quality", "alarms") or {}
+    said = wording_learning.alarms(alarms)
+    if said == wording.NOT_AVAILABLE:
+        return []
+    plain = f"by a threshold on {wording.text(at(alarms, 'baseline', 'name'))}"
+    leads, others = (at(alarms, who, "lead_s") or {} for who in ("score", "baseline"))
+    rows = [(name, _lead(lead), _lead(others.get(name))) for name, lead in leads.items()]
+    gain = wording.interval(at(alarms, "gain_s"))
+    lines = [
+        f"{said}.",
+        f"Mean gain in seconds for a machine: {gain}; {wording.count(alarms.get('earlier'))} earlier, "
+        f"{wording.count(alarms.get('later'))} later.",
+        f"An alarm more than {wording.duration(alarms.get('warning_s'))} before the failure is false; both "
+        "watch at the same moments, one a row; the plain threshold is the best for these very machines.",
+    ]
+    return [
+        Notes(title=said_of(entry, measured, "alarms"), lines=lines),
+        Table(
+            caption=said_of(entry, measured, "announced before failure"),
+            header=("machine", "by the model", plain),
+            rows=rows,
+        ),
+    ]
+
+
+def _lead(seconds: float | None) -> str:
+    return "missed" if seconds is None else wording.duration(seconds)
 
 
 def _confusion(number: int, entry: Entry, classes: Sequence[str], measured: Sequence[Entry]) -> list[Block]:

@@ -49,6 +49,8 @@ def quality(entries: Sequence[Entry]) -> list[Block]:
     level = {quality.get("confidence") for entry in measured if (quality := entry["quality"])}
     percent = f"{min(level) * 100:g} % " if len(level) == 1 and None not in level else ""
     blocks += matrix(f"Quality with {percent}intervals", QUALITY_ROWS, measured, numbers=True)
+    for entry in measured:
+        blocks += _levels(entry, measured)
     blocks += matrix("How it was measured", PROTOCOL_ROWS, measured)
     methods = dict.fromkeys(method for e in measured if (method := at(e, "quality", "protocol", "method")))
     if methods:
@@ -73,6 +75,36 @@ PROTOCOL_ROWS: Rows = (
     ("windows", lambda e: f"{wording.count(at(e, 'quality', 'protocol', 'windows'))} of "
                           f"{wording.count(at(e, 'quality', 'protocol', 'context'), 'token')}"),
 )  # fmt: skip
+
+
+ACTIVATIONS = ("float32, by default", "float32", "float16", "bfloat16", "int8")
+"""What each accuracy level of a product with 4-bit or 8-bit weights may compute in."""
+
+
+def _levels(entry: Entry, entries: Sequence[Entry]) -> list[Block]:
+    """The accuracy level of an ONNX model that was chosen, and what the others cost and give."""
+    audit = at(entry, "quality", "accuracy_level") or {}
+    columns: tuple[tuple[str, str, Any], ...] = (
+        ("same likeliest token as level 0", "top1_agreement", wording.percent),
+        ("KL divergence to level 0, nats", "kl_nats", lambda value: wording.interval({"value": value})),
+        ("prefill", "prefill_tokens_per_s", wording.rate),
+        ("decode", "decode_tokens_per_s", wording.rate),
+    )
+    levels = [of for of in audit.get("levels") or () if of.get("level") is not None]
+    known = [column for column in columns if any(of.get(column[1]) is not None for of in levels)]
+    rows = [
+        (
+            f"{of['level']:.0f}{' (chosen)' if of['level'] == audit.get('chosen') else ''}",
+            ACTIVATIONS[int(of["level"])]
+            if of["level"] in range(len(ACTIVATIONS))
+            else wording.NOT_AVAILABLE,
+            *(show(of.get(key)) for _, key, show in known),
+        )
+        for of in levels
+    ]
+    header = ("accuracy level", "activations", *(name for name, _, _ in known))
+    caption = said_of(entry, entries, "accuracy levels")
+    return [Table(caption=caption, header=header, rows=rows, left=2)] if rows else []
 
 
 def _perplexities(entries: Sequence[Entry]) -> list[plots.Interval]:

@@ -16,9 +16,21 @@ if TYPE_CHECKING:
     Record = Mapping[str, Any]
 
 
+def _once(entries: Sequence[Entry], key: str) -> list[Entry]:
+    """Entries with something under a key; those that learned together are one, under the names of all."""
+    known: list[dict[str, Any]] = []
+    for entry in entries:
+        same = next((other for other in known if other[key] == entry.get(key)), None)
+        if same is not None:
+            same["label"] = f"{same['label']}, {entry['label']}"
+        elif entry.get(key):
+            known.append(dict(entry))
+    return list(known)
+
+
 def data(entries: Sequence[Entry]) -> list[Block]:
     """Counts of both sides of the split, the classes' balance, what was left out, masked or there twice."""
-    known = [entry for entry in entries if entry.get("data")]
+    known = _once(entries, "data")
     if not known:
         return []
     blocks = matrix("What it learned from", DATA_ROWS, known)
@@ -90,7 +102,7 @@ def _balance(number: int, entry: Entry, known: Sequence[Entry]) -> list[Block]:
 
 def training(entries: Sequence[Entry]) -> list[Block]:
     """The loss over the steps of every training, and its facts."""
-    known = [entry for entry in entries if entry.get("training")]
+    known = _once(entries, "training")
     if not known:
         return []
     blocks: list[Block] = []
@@ -156,7 +168,7 @@ def _points(found: Sequence[Record] | None) -> list[tuple[float, float]]:
 
 def pruning(entries: Sequence[Entry]) -> list[Block]:
     """What was cut: parameters, layers by influence, widths and tokens before and after."""
-    known = [entry for entry in entries if entry.get("prune")]
+    known = _once(entries, "prune")
     blocks: list[Block] = []
     for number, entry in enumerate(known):
         for turn, record in enumerate(_in_order(entry["prune"])):

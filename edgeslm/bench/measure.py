@@ -20,10 +20,12 @@ import numpy as np
 
 from edgeslm.bench import interference
 from edgeslm.bench.memory import MemoryWatch
+from edgeslm.bench.sustained import sustain_model
+from edgeslm.bench.watch import watch_machine
+from edgeslm.bench.weights import read_weights
 from edgeslm.bundle import open_bundle
 from edgeslm.device import memory_bandwidth, probe
 from edgeslm.errors import RecipeError
-from edgeslm.gguf_file import read_gguf
 from edgeslm.progress import Quiet
 from edgeslm.runtime.runner import RunnerOptions, open_runner
 from edgeslm.versions import engine_versions
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgeslm.bench.interference import Conditions
+    from edgeslm.bench.watch import Watch
+    from edgeslm.bench.weights import Weights
     from edgeslm.bundle import Bundle
-    from edgeslm.gguf_file import GgufFile
     from edgeslm.progress import Progress
     from edgeslm.runtime.runner import Runner
 
@@ -42,8 +45,6 @@ if TYPE_CHECKING:
     Observe = Callable[[], Conditions]
 
 SCHEMA = "edgeslm.bench/1"
-GATHERED = ("per_layer_token_embd.weight", "position_embd.weight", "token_types.weight")
-"""Tables of which a decode step reads one row; token_embd.weight too, unless it is also the head."""
 WORDS = (
     "the",
     "of",
@@ -84,6 +85,8 @@ class Timing:
 
     clock: Clock = time.perf_counter
     observe: Observe = interference.observe
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    """What else to say of a run that has just been measured: power and heat."""
 
 
 def bench_artifact(
@@ -94,14 +97,16 @@ def bench_artifact(
     threads: Sequence[int] = (),
     repetitions: int = 5,
     options: RunnerOptions | None = None,
+    minutes: float | None = None,
     progress: Progress | None = None,
     seed: int = 0,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Any]:
-    """Record edgeslm.bench/1 of a bundle or .gguf file.
+    """Record edgeslm.bench/1 of a language model: a bundle of either format or a .gguf file.
 
     threads: thread counts to measure one after the other; empty: options.threads, else the runner's choice.
     options.context None: the longest measurement.  seed: of the random tokens.
+    minutes: after all that, and with the last thread count, how long to go on for the speed that lasts.
     Memory is the peak of this process from here on (see memory.reset_peak), so call this in a process
     that holds nothing else of size, or use child.bench_in_subprocess.
     load_s is the first load, with whatever of the file the system held in its page cache.
@@ -113,37 +118,77 @@ def bench_artifact(
     )
     _check(plan, options)
     bundle = open_bundle(artifact)
-    file = read_gguf(bundle.weights)
+    weights = read_weights(bundle)
     machine = probe()
     memory = MemoryWatch()
-    loads, runs = [], []
-    for count in threads or (options.threads,):
-        runner = open_runner(bundle, replace(options, threads=count, context=options.context or plan.longest))
-        try:
-            loads.append(runner.load_s)
-            runs += measure(
-                runner, plan, memory=memory, timing=Timing(clock=clock), progress=progress, seed=seed
-            )
-        finally:
-            runner.close()
+    loads: list[float] = []
+    runs: list[dict[str, Any]] = []
+    sustained = None
+    counts = list(threads or (options.threads,))
+    with watch_machine(progress.note) as watch:
+        for number, count in enumerate(counts, 1):
+            each = replace(options, threads=count, context=options.context or plan.longest)
+            some, load_s, sustained = _measure_with(
+                bundle, plan, each, minutes=minutes if number == len(counts) else None, watch=watch,
+                memory=memory, progress=progress, seed=seed, clock=clock,
+            )  # fmt: skip
+            loads.append(load_s)
+            runs += some
     after = probe()
     # Last, as its buffer would count as memory of the model.
-    bandwidth = memory_bandwidth(working_set_bytes=decode_bytes(file))
-    reasons = list(dict.fromkeys(f"{_label(run)}: {reason}" for run in runs for reason in run["reasons"]))
+    bandwidth = memory_bandwidth(working_set_bytes=weights.decode_bytes)
     return {
         "schema": SCHEMA,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "artifact": _describe(bundle, file),
+        "artifact": _describe(bundle, weights),
         "machine": machine,
         "machine_after": {key: after[key] for key in ("frequency_hz", "temperature_c", "load_average_1m")},
         "versions": engine_versions(),
         "memory_bandwidth_bytes_per_s": bandwidth,
         "load_s": loads[0],
-        "runs": [_with_ceiling(run, bandwidth, decode_bytes(file)) for run in runs],
+        "runs": [_with_ceiling(run, bandwidth, weights.decode_bytes) for run in runs],
+        **outcome([(_label(run), run) for run in runs], sustained, memory, watch),
+    }
+
+
+def outcome(
+    labelled: Sequence[tuple[str, dict[str, Any]]],
+    sustained: dict[str, Any] | None,
+    memory: MemoryWatch,
+    watch: Watch,
+) -> dict[str, Any]:
+    """The end of a record: what was sampled beside its runs, and why they are not valid if so."""
+    known = [*labelled, *([("sustained", sustained)] if sustained else [])]
+    reasons = list(dict.fromkeys(f"{label}: {reason}" for label, run in known for reason in run["reasons"]))
+    return {
+        "sustained": sustained,
         "memory": memory.as_record(),
+        "power": watch.as_record(),
         "valid": not reasons,
         "reasons": reasons,
     }
+
+
+def _measure_with(
+    bundle: Bundle, plan: Plan, options: RunnerOptions, *, minutes: float | None, watch: Watch, memory: MemoryWatch,
+    progress: Progress, seed: int, clock: Clock,
+) -> tuple[list[dict[str, Any]], float, dict[str, Any] | None]:  # fmt: skip
+    """The runs of one thread count, the seconds of loading, and what lasts for some minutes."""
+    timing = Timing(clock=clock, observe=watch.observe, complete=watch.complete)
+    runner = open_runner(bundle, options)
+    try:
+        for note in runner.notes:
+            progress.note(f"bench: {note}")
+        runs = measure(runner, plan, memory=memory, timing=timing, progress=progress, seed=seed)
+        if minutes is None:
+            return runs, runner.load_s, None
+        sustained = sustain_model(
+            runner, plan, minutes=minutes, watch=watch, clock=clock, progress=progress, seed=seed
+        )
+        memory.sample()
+        return runs, runner.load_s, sustained
+    finally:
+        runner.close()
 
 
 def measure(
@@ -159,7 +204,9 @@ def measure(
             )
             tokens = _random_tokens(runner, size, random)
             one = measure_prefill if kind == "prefill" else measure_decode
-            runs.append(_facts(kind, size, runner) | one(runner, tokens, plan.repetitions, timing))
+            runs.append(
+                timing.complete(_facts(kind, size, runner) | one(runner, tokens, plan.repetitions, timing))
+            )
             memory.sample()
     return runs
 
@@ -239,21 +286,6 @@ def _decode(runner: Runner, tokens: Sequence[int], clock: Clock) -> list[float]:
     return stamps
 
 
-def decode_bytes(file: GgufFile) -> int:
-    """Bytes of weights that one decode step reads: all but tables of which it takes a row.
-
-    A tied token_embd is the head too and is read whole; of a mixture's experts only those in use.
-    """
-    tied = "output.weight" not in file.tensors
-    experts, used = (file.get(f"{file.architecture}.{key}") for key in ("expert_count", "expert_used_count"))
-    total = 0.0
-    for tensor in file.tensors.values():
-        if tensor.name in GATHERED or (tensor.name == "token_embd.weight" and not tied):
-            continue
-        total += tensor.nbytes * (used / experts if experts and used and "_exps." in tensor.name else 1)
-    return int(total)
-
-
 def _random_tokens(runner: Runner, count: int, random: np.random.Generator) -> list[int]:
     """BOS where the model wants it, then tokens drawn from the whole vocabulary, as llama-bench has it."""
     tokens: list[int] = random.integers(runner.facts.vocab_size, size=count).tolist()
@@ -281,6 +313,7 @@ def _facts(kind: str, tokens: int, runner: Runner) -> dict[str, Any]:
         "kv_type": options.kv_type,
         "flash_attention": options.flash_attention,
         "mmap": options.mmap,
+        "provider": options.provider,
     }
 
 
@@ -311,20 +344,18 @@ def _with_ceiling(
     return run | {"ceiling_tokens_per_s": ceiling, "ceiling_fraction": fraction}
 
 
-def _describe(bundle: Bundle, file: GgufFile) -> dict[str, Any]:
-    weight_bytes = sum(tensor.nbytes for tensor in file.tensors.values())
-    parameters = sum(tensor.parameters for tensor in file.tensors.values())
+def _describe(bundle: Bundle, weights: Weights) -> dict[str, Any]:
     return {
         "name": bundle.name,
         "path": str(bundle.path),
         "format": bundle.format,
         "digest": bundle.digest,
         "file_bytes": bundle.size_bytes,
-        "weight_bytes": weight_bytes,
-        "decode_bytes_per_token": decode_bytes(file),
-        "parameters": parameters,
-        "bits_per_weight": weight_bytes * 8 / parameters if parameters else None,
-        "architecture": file.architecture,
+        "weight_bytes": weights.weight_bytes,
+        "decode_bytes_per_token": weights.decode_bytes,
+        "parameters": weights.parameters,
+        "bits_per_weight": weights.weight_bytes * 8 / weights.parameters if weights.parameters else None,
+        "architecture": weights.architecture,
     }
 
 

@@ -60,18 +60,6 @@ class Stack:
     segments: Sequence[tuple[str, float, int]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One mark of a scatter plot with its interval on the y axis."""
-
-    label: str
-    x: float
-    y: float
-    low: float | None = None
-    high: float | None = None
-    colour: int = 1
-
-
 def intervals(
     name: str, title: str, rows: Sequence[Interval], *, unit: str, logarithmic: bool = False
 ) -> str:
@@ -154,36 +142,6 @@ def stacks(name: str, title: str, rows: Sequence[Stack]) -> str:
             start += value
         top += 38
     return svg.frame(name, title, _describe("Stacked bars.", rows), top, marks)
-
-
-def scatter(name: str, title: str, points: Sequence[Point], *, x_unit: str, y_unit: str) -> str:
-    """Marks with intervals; less is better on both axes, so the best are at the lower left."""
-    height, top, bottom = 320, 30, 270
-    across = [point.x for point in points]
-    margin = (max(across) - min(across)) * 0.15 or abs(max(across)) * 0.1 or 1.0
-    x = Scale(low=min(across) - margin, high=max(across) + margin)
-    highest = max(end for point in points for end in (point.y, point.high) if end is not None)
-    y = Scale(low=0.0, high=highest * 1.1 or 1.0, start=bottom, end=top)
-    marks = []
-    for tick in linear_ticks(y.low, y.high):
-        marks.append(f'<line class="grid" {svg.from_to(svg.LEFT, svg.RIGHT, y.at(tick))}/>')
-        marks.append(svg.text("tick", svg.LEFT, y.at(tick) - 4, f"{tick:g}"))
-    for tick in linear_ticks(x.low, x.high, 5):
-        marks.append(f'<line class="grid" {svg.down(x.at(tick), bottom, bottom + 5)}/>')
-        marks.append(svg.tick_text(x.at(tick), bottom + 19, tick))
-    marks.append(svg.text("tick", svg.LEFT, 14, y_unit))
-    marks.append(svg.text("tick", svg.RIGHT, height - 8, x_unit, "end"))
-    for number, point in enumerate(sorted(points, key=lambda each: each.x)):
-        here, there = x.at(point.x), y.at(point.y)
-        if point.low is not None and point.high is not None:
-            ends = (y.at(point.high), y.at(point.low))
-            marks.append(f'<line class="whisker t{point.colour}" {svg.down(here, *ends)}/>')
-        marks.append(f'<circle class="s{point.colour}" cx="{here:.2f}%" cy="{there:.1f}" r="6"/>')
-        anchor, aside = ("end", -11) if here > 50 else ("start", 11)
-        drop = -8 if number % 2 else 15  # neighbours write on different lines
-        marks.append(svg.text("label", here, there + drop, svg.short(point.label), anchor, aside=aside))
-    said = "; ".join(f"{point.label}: {point.x:.4g} {x_unit}, {point.y:.4g} {y_unit}" for point in points)
-    return svg.frame(name, title, f"Less is better on both axes. {said}.", height, marks)
 
 
 def _headings(rows: Rows) -> list[list[tuple[str, str]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tomllib
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from edgeslm import wording, wording_learning
@@ -76,6 +77,8 @@ def origin(entries: Sequence[Entry]) -> list[Block]:
         text = at(entry, "recipe", "text")
         if text:
             recipes.setdefault(text, said_of(entry, entries, "recipe"))
+    if len(recipes) == 1:
+        recipes = dict.fromkeys(recipes, "Recipe")
     return [*blocks, *(Code(title=title, text=text, language="toml") for text, title in recipes.items())]
 
 
@@ -153,9 +156,10 @@ def _make(entry: Entry, path: str) -> list[str]:
     recipe, source = recipe_values(entry), at(entry, "model", "source")
     if recipe:
         name = f"{recipe.get('name') or 'recipe'}.toml"
+        out = str(PurePath(path).parent) if recipe.get("variants") else path
         return [
             f"# the recipe above, saved as {_one_line(name)}",
-            _shell("edgeslm", "build", name, "--out", path),
+            _shell("edgeslm", "build", name, "--out", out),
         ]
     if not source:
         return []

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from edgeslm.bench import pareto
 from edgeslm.bench.shapes import (
     BENCH,
     BUILD,
@@ -27,6 +28,7 @@ from edgeslm.bench.shapes import (
     SHAPES,
     TASK_QUALITY,
     TRAINING,
+    VARIANTS,
 )  # fmt: skip
 from edgeslm.bundle import Bundle, open_bundle
 from edgeslm.errors import DataError
@@ -50,18 +52,25 @@ def load_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """The records at `paths`, in order.  Raises DataError naming the path and what is there instead."""
     records: list[dict[str, Any]] = []
     for path in paths:
-        if path.is_dir():
+        if path.is_dir() and not (path / "manifest.json").exists() and (path / "report.json").is_file():
+            records.append(_read(path / "report.json"))  # a folder of variants
+        elif path.is_dir():
             bundle = open_bundle(path)
             records.append(bundle_record(bundle))
             if (path / "report.json").is_file():
                 records.append(_read(path / "report.json"))
         else:
             record = _read(path)
-            built = Path(record["bundle"]) if record.get("schema") == BUILD and record.get("bundle") else None
-            if built is not None and (built / "manifest.json").is_file():
-                records.append(bundle_record(open_bundle(built)))
+            records += [bundle_record(open_bundle(built)) for built in _built(record)]
             records.append(record)
     return records
+
+
+def _built(record: Record) -> list[Path]:
+    """The bundles that a record of a build is about, as far as they are there."""
+    builds = {BUILD: [record], VARIANTS: record.get("variants") or ()}.get(record.get("schema") or "", ())
+    paths = [Path(build["bundle"]) for build in builds if build and build.get("bundle")]
+    return [path for path in paths if (path / "manifest.json").is_file()]
 
 
 def bundle_record(bundle: Bundle) -> dict[str, Any]:
@@ -96,7 +105,7 @@ def kind_of(tensor: str) -> str:
 
     An ONNX exporter calls what it turned or joined onnx::MatMul_123.
     """
-    aside = ("blk", "layer", "layers", "weight", "inner")
+    aside = ("blk", "layer", "layers", "weight", "inner", "model", "MatMul")
     name = re.sub(r"^(onnx::\w+?)_\d+$", r"\1", tensor)
     return ".".join(part for part in name.split(".") if part not in aside and not part.isdigit())
 
@@ -184,7 +193,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def report_document(records: Sequence[Record]) -> dict[str, Any]:
-    """Records as {schema, results}: one entry per artifact and measurement, in order of first appearance."""
+    """Records as {schema, results, comparisons}: one entry per artifact and measurement, in order of appearance."""
     entries: list[dict[str, Any]] = []
     for number, record in enumerate(records):
         for entry in _entries(record, check(record, f"record {number}")):
@@ -195,7 +204,7 @@ def report_document(records: Sequence[Record]) -> dict[str, Any]:
         name = entry["artifact"].get("name") or "unnamed"
         seen[name] += 1
         entry["label"] = name if names[name] == 1 else f"{name} #{seen[name]}"
-    return {"schema": SCHEMA, "results": entries}
+    return {"schema": SCHEMA, "results": entries, "comparisons": pareto.comparisons(entries)}
 
 
 def _entries(record: Record, schema: str) -> list[dict[str, Any]]:
@@ -216,7 +225,12 @@ def _entries(record: Record, schema: str) -> list[dict[str, Any]]:
         artifact = {"path": record.get("path"), "parameters": record.get("parameters")}
         artifact["name"] = Path(record.get("path") or "unnamed").name
         return [_entry(artifact=artifact, **{key: record.get(key) for key in ("stages", *ALONE.values())})]
-    return [_build_entry(record) if schema == BUILD else _bundle_entry(record)]
+    builds = {BUILD: [record], VARIANTS: record.get("variants") or ()}
+    return (
+        [_build_entry(build) for build in builds[schema] if build]
+        if schema in builds
+        else [_bundle_entry(record)]
+    )
 
 
 ALONE = {DATA: "data", TRAINING: "training", PRUNE: "prune"}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeslm import wording
 from edgeslm.atomic import atomic_write
-from edgeslm.bench import deciding, findings, learned, provenance, summary
+from edgeslm.bench import deciding, endurance, findings, learned, pareto, provenance, summary
 from edgeslm.bench.blocks import Section, at
 from edgeslm.bench.records import load_results, report_document
 from edgeslm.bench.shapes import SCHEMA
@@ -29,6 +29,7 @@ __all__ = ["load_results", "render_html", "render_json", "render_markdown", "rep
 
 SECTIONS = (
     ("summary", "Summary", summary.summary),
+    ("choosing", "What is worth its cost", pareto.trade_offs),
     ("deciding", "How well it decides", deciding.deciding),
     ("quality", "Quality before and after", findings.quality),
     ("data", "Data", learned.data),
@@ -36,6 +37,7 @@ SECTIONS = (
     ("pruning", "Pruning", learned.pruning),
     ("size", "Size", findings.size),
     ("speed", "Speed", findings.speed),
+    ("power", "Power, heat and endurance", endurance.power_and_heat),
     ("memory", "Memory", findings.memory),
     ("machine", "Machine", provenance.machine),
     ("origin", "What was built from what", provenance.origin),
@@ -96,18 +98,34 @@ def _render(template: str, document: Mapping[str, Any]) -> str:
     )  # fmt: skip
     environment.filters.update(md=markdown_text, fence=fence)
     source = files("edgeslm.bench").joinpath("templates", template).read_text(encoding="utf-8")
-    entries = document["results"]
+    shared, labels = short_names([entry["label"] for entry in document["results"]])
+    entries = [entry | {"label": label} for entry, label in zip(document["results"], labels, strict=True)]
     made = [Section(name=name, title=title, blocks=make(entries)) for name, title, make in SECTIONS]
     return environment.from_string(source).render(
-        title=_title(entries),
+        title=_title(entries, shared),
         subtitle=_subtitle(entries),
         verdicts=summary.verdicts(entries),
         sections=[section for section in made if section.blocks],
     )
 
 
-def _title(entries: Sequence[Entry]) -> str:
-    return str(entries[0]["label"]) if len(entries) == 1 else f"{len(entries)} results side by side"
+def _title(entries: Sequence[Entry], shared: str) -> str:
+    if len(entries) == 1:
+        return str(entries[0]["label"])
+    return (
+        f"{shared}: {len(entries)} results side by side" if shared else f"{len(entries)} results side by side"
+    )
+
+
+def short_names(labels: Sequence[str]) -> tuple[str, list[str]]:
+    """What all labels begin with, up to a hyphen, and the rest of each: (a, [q4, q8]) of a-q4 and a-q8."""
+    words = [label.split("-") for label in labels]
+    count = 0
+    while len(labels) > 1 and all(len(each) > count + 1 for each in words):
+        if len({each[count] for each in words}) > 1:
+            break
+        count += 1
+    return "-".join(words[0][:count]) if words else "", ["-".join(each[count:]) for each in words]
 
 
 def _subtitle(entries: Sequence[Entry]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 SCHEMA = "edgeslm.report/1"
+VARIANTS = "edgeslm.variants/1"
 BUNDLE, BUILD, CHECKPOINT = "edgeslm.bundle/1", "edgeslm.build/1", "edgeslm.checkpoint/1"
 QUALITY, TASK_QUALITY, BENCH = "edgeslm.quality/1", "edgeslm.task-quality/1", "edgeslm.bench/1"
 DATA, TRAINING, PRUNE = "edgeslm.data/1", "edgeslm.training/1", "edgeslm.prune/1"
@@ -19,8 +20,37 @@ _ARTIFACT = {
     **dict.fromkeys(("file_bytes", "weight_bytes", "parameters", "bits_per_weight"), float),
 }
 _TIMES = dict.fromkeys(("p50", "p95", "p99", "min", "max"), float)
+_POWER: dict[str, Any] = {
+    **dict.fromkeys(("source", "covers"), str),
+    **dict.fromkeys(("interval_s", "energy_j", "seconds", "samples", "mean_w", "max_w", "joules_per_token",
+                     "joules_per_example"), float),
+    "notes": [str],
+}  # fmt: skip
+_HEAT = {
+    "samples": float,
+    **dict.fromkeys(("temperature_c", "frequency_hz"), dict.fromkeys(("start", "min", "max", "end"), float)),
+    "flags": [str],
+}
+_SPAN: dict[str, Any] = {
+    **dict.fromkeys(("started_unix_s", "ended_unix_s"), float), "power": _POWER, "thermal": _HEAT,
+}  # fmt: skip
+_POINT = {
+    **dict.fromkeys(("at_s", "seconds", "rate_per_s", "temperature_c", "frequency_hz", "power_w"), float),
+    "flags": [str],
+}
+_SUSTAINED: dict[str, Any] = {
+    **dict.fromkeys(("kind", "unit"), str),
+    **dict.fromkeys(("tokens", "batch", "rows", "threads", "minutes", "seconds", "total", "start_rate_per_s"), float),
+    **_SPAN, "curve": [_POINT], "valid": bool, "reasons": [str],
+    "steady": {
+        "reached": bool,
+        **dict.fromkeys(("from_s", "rate_per_s", "fraction_of_start", "temperature_c", "frequency_hz", "power_w",
+                         "joules_per_token", "joules_per_example"), float),
+    },
+}  # fmt: skip
 _RUN = {
-    **dict.fromkeys(("kind", "kv_type"), str),
+    **_SPAN,
+    **dict.fromkeys(("kind", "kv_type", "provider"), str),
     **dict.fromkeys(("tokens", "threads", "batch", "ubatch", "context", "repetitions", "tokens_per_s",
                      "tokens_per_s_stdev", "ceiling_tokens_per_s", "ceiling_fraction", "rows", "calls",
                      "items_per_s", "items_per_s_stdev"), float),
@@ -37,6 +67,10 @@ _DECISION = {
     "labels": [str], "training_prior": [float], "prior": [float], "costs": [float], "positive": str,
     "threshold": float,
 }  # fmt: skip
+_WATCH = {
+    **dict.fromkeys(("threshold", "false_alarms", "false_alarm_rate", "announced", "mean_lead_s"), float),
+    "lead_s": {"*": float}, "name": str,
+}  # fmt: skip
 _TASK: dict[str, Any] = {
     "classes": [str],
     "ordinal": bool,
@@ -49,8 +83,18 @@ _TASK: dict[str, Any] = {
     "confusion": [[float]],
     "reliability": [dict.fromkeys(("low", "high", "examples", "certainty", "accuracy"), float)],
     "decision": _DECISION,
+    "alarms": {
+        **dict.fromkeys(("warning_s", "false_alarm_rate", "machines", "earlier", "later"), float),
+        "score": _WATCH,
+        "baseline": _WATCH,
+        "gain_s": _ESTIMATE,
+        "positive": str,
+    },
 }
 """What a classifier's quality has beside what all have."""
+_LEVEL = dict.fromkeys(
+    ("level", "top1_agreement", "kl_nats", "prefill_tokens_per_s", "decode_tokens_per_s"), float
+)
 _QUALITY: dict[str, Any] = {
     "artifact": _ARTIFACT,
     "reference": _ARTIFACT,
@@ -62,12 +106,14 @@ _QUALITY: dict[str, Any] = {
     },
     **dict.fromkeys(("perplexity", "reference_perplexity", "perplexity_ratio", "top1_agreement"), _ESTIMATE),
     "kl_nats": dict.fromkeys(("mean", "median", "p99", "max"), _ESTIMATE),
+    "accuracy_level": {"chosen": float, "levels": [_LEVEL]},
     "confidence": float,
     **_TASK,
 }
 _BENCH: dict[str, Any] = {
     "created_at": str, "artifact": _ARTIFACT, "machine": _MACHINE, "machine_after": _MACHINE,
     "versions": {"*": str}, "memory_bandwidth_bytes_per_s": float, "load_s": float, "runs": [_RUN],
+    "sustained": _SUSTAINED, "power": _POWER,
     "memory": dict.fromkeys(("peak_rss_bytes", "file_backed_bytes", "anonymous_bytes"), float),
     "valid": bool, "reasons": [str],
 }  # fmt: skip
@@ -141,15 +187,17 @@ ENTRY: dict[str, Any] = {
     "recipe": _RECIPE, "versions": {"*": str}, "kinds": _KINDS, "quality": _QUALITY, "bench": _BENCH,
     "gate": _GATE, "stages": _STAGES, "warnings": [str], **_LEARNED,
 }  # fmt: skip
+_BUILD: dict[str, Any] = {
+    "bundle": str, "bytes": float, "bits_per_weight": float, "quality": _QUALITY, "bench": _BENCH,
+    "gate": _GATE, "report": str, "stages": _STAGES, "warnings": [str], **_LEARNED,
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     BUNDLE: {"path": str, "digest": str, "bytes": float, "manifest": _MANIFEST, "kinds": _KINDS},
     QUALITY: _QUALITY,
     TASK_QUALITY: _QUALITY,
     BENCH: _BENCH,
-    BUILD: {
-        "bundle": str, "bytes": float, "bits_per_weight": float, "quality": _QUALITY, "bench": _BENCH,
-        "gate": _GATE, "report": str, "stages": _STAGES, "warnings": [str], **_LEARNED,
-    },
+    BUILD: _BUILD,
+    VARIANTS: {"name": str, "path": str, "variants": [_BUILD], "gate": _GATE, "report": str, "stages": _STAGES},
     CHECKPOINT: {"path": str, "parameters": float, "stages": _STAGES, **_LEARNED},
     DATA: _DATA,
     TRAINING: _TRAINING,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgeslm import wording
-from edgeslm.bench import plots
-from edgeslm.bench.blocks import Block, Cards, Figure, Verdict, at, bench_runs, colour, matrix, said_of
+from edgeslm.bench import pareto
+from edgeslm.bench.blocks import Block, Cards, Notes, Table, Verdict, at, bench_runs, matrix, said_of
 from edgeslm.bench.provenance import recipe_values
 
 if TYPE_CHECKING:
@@ -14,40 +14,44 @@ if TYPE_CHECKING:
 
     from edgeslm.bench.blocks import Entry, Rows
 
+MOST_COLUMNS = 3
+"""Results that stand beside each other; more are lines of a table."""
+
 
 def verdicts(entries: Sequence[Entry]) -> list[Verdict]:
     """The gates and the invalid benchmarks of all results, what is wrong before what is right."""
-    found = []
+    found, passed = [], []
     for entry in entries:
         gate, bench = entry.get("gate"), entry.get("bench") or {}
-        if gate is not None:
+        if gate is not None and gate.get("passed"):
+            passed.append(entry)
+        elif gate is not None:
             misses = gate.get("misses") or ()
             missed = f"gate missed, {wording.count(len(misses), 'bound')}"
-            state, said = ("passed", "gate passed") if gate.get("passed") else ("missed", missed)
             items = [*map(wording.gate_miss, misses), *_bounds(entry, misses)]
-            found.append(Verdict(state=state, title=said_of(entry, entries, said), lines=items))
+            found.append(Verdict(state="missed", title=said_of(entry, entries, missed), lines=items))
         if bench.get("valid") is False:
             said = "benchmark INVALID, do not quote its speed"
             reasons = wording.invalid_reasons(bench)
             found.append(Verdict(state="invalid", title=said_of(entry, entries, said), lines=reasons))
-    found += [Verdict(state="invalid", title=what, lines=[why]) for what, why in _incomparable(entries)]
+    found += _passed(passed, entries)
+    found += [Verdict(state="invalid", title=what, lines=[why]) for what, why in pareto.incomparable(entries)]
     return sorted(found, key=lambda verdict: ("missed", "invalid", "passed").index(verdict.state))
 
 
-def _incomparable(entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    """What keeps results from being compared, and why."""
-    texts = {(at(e, "quality", "text", "sha256"), at(e, "quality", "protocol", "scored_tokens"),
-              at(e, "quality", "protocol", "examples")) for e in entries if e.get("quality")}  # fmt: skip
-    machines = {(at(e, "bench", "machine", "cpu_model"), at(e, "bench", "machine", "usable_cores"))
-                for e in entries if e.get("bench")}  # fmt: skip
-    found = []
-    if len(texts) > 1:
-        found.append(
-            ("Quality is not comparable", "these results were measured on different texts or windows")
+def _passed(passed: Sequence[Entry], entries: Sequence[Entry]) -> list[Verdict]:
+    """One verdict for all that were held to the same bounds and kept them."""
+    by_bounds: dict[tuple[str, ...], list[str]] = {}
+    for entry in passed:
+        by_bounds.setdefault(tuple(_bounds(entry, ())), []).append(entry["label"])
+    return [
+        Verdict(
+            state="passed",
+            title=f"{', '.join(labels)}: gate passed" if len(entries) > 1 else "Gate passed",
+            lines=bounds,
         )
-    if len(machines) > 1:
-        found.append(("Speed is not comparable", "these results come from different machines"))
-    return found
+        for bounds, labels in by_bounds.items()
+    ]
 
 
 def _bounds(entry: Entry, misses: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -71,6 +75,8 @@ def summary(entries: Sequence[Entry]) -> list[Block]:
             "gate",
             lambda e: {True: "passed", False: "MISSED"}.get(at(e, "gate", "passed"), wording.NOT_AVAILABLE),
         ),
+        ("format", lambda e: wording.text(at(e, "artifact", "format"))),
+        ("scheme", lambda e: wording.text(at(e, "quantization", "scheme"))),
         ("size", lambda e: wording.size(at(e, "artifact", "file_bytes"))),
         ("bits per weight", lambda e: wording.significant(at(e, "artifact", "bits_per_weight"))),
         ("KL divergence, nats", lambda e: wording.interval(at(e, "quality", "kl_nats", "mean"))),
@@ -92,27 +98,24 @@ def summary(entries: Sequence[Entry]) -> list[Block]:
         ("TTFT", lambda e: wording.duration(at(wording.headline(bench_runs(e), "prefill"), "ttft_s", "p50"))),
         ("peak RSS", lambda e: wording.size(at(e, "bench", "memory", "peak_rss_bytes"))),
     )
-    blocks = matrix("Results side by side", rows, entries, numbers=True)
-    if any(what.startswith("Quality") for what, _ in _incomparable(entries)):
-        return blocks
-    losses = (
-        ("size-kl", "Size against KL divergence", "mean KL divergence, nats", ("kl_nats", "mean")),
-        ("size-loss", "Size against log-loss", "log-loss, nats", ("log_loss",)),
-    )
-    for name, said, unit, keys in losses:
-        points = [
-            plots.Point(
-                label=entry["label"], x=entry["artifact"]["file_bytes"] / 2**20, colour=colour(number),
-                y=loss["value"], low=loss.get("low"), high=loss.get("high"),
-            )
-            for number, entry in enumerate(entries)
-            if (loss := at(entry, "quality", *keys) or {}).get("value") is not None
-            and at(entry, "artifact", "file_bytes") is not None
-        ]  # fmt: skip
-        if len(points) > 1:
-            svg = plots.scatter(name, said, points, x_unit="MiB", y_unit=unit)
-            blocks.append(Figure(caption=f"{said}: nearer to the lower left is better", svg=svg))
-    return blocks
+    if len(entries) <= MOST_COLUMNS:
+        return matrix("Results side by side", rows, entries, numbers=True)
+    return _down(rows, entries)
+
+
+def _down(rows: Rows, entries: Sequence[Entry]) -> list[Block]:
+    """Results down and facts across; what is the same for all is said once."""
+    facts = [(name, [show(entry) for entry in entries]) for name, show in rows]
+    facts = [(name, cells) for name, cells in facts if set(cells) - {"", wording.NOT_AVAILABLE}]
+    apart = [(name, cells) for name, cells in facts if len(set(cells)) > 1]
+    table = Table(
+        caption="Results side by side", header=("result", *(name for name, _ in apart)),
+        rows=[
+            (entry["label"], *(cells[number] for _, cells in apart)) for number, entry in enumerate(entries)
+        ],
+    )  # fmt: skip
+    same = [f"{name}: {cells[0]}" for name, cells in facts if len(set(cells)) == 1]
+    return [table, Notes(title="The same for all", lines=same)] if same else [table]
 
 
 def _cards(entry: Entry) -> list[tuple[str, str, str]]:

@@ -46,6 +46,11 @@ class Streams:
         self.notes.write(text + "\n")
         self.notes.flush()
 
+    def tell(self, notes: Sequence[str]) -> None:
+        """What a runner could not do as asked."""
+        for note in notes:
+            self.note(f"note: {note}")
+
     def show(self, text: str) -> None:
         """Write part of an answer at once; what the terminal can't show becomes '?'."""
         try:
@@ -101,6 +106,7 @@ def chat_session(
     streams = streams or Streams.standard()
     runner, sampling = _open(artifact, options)
     with closing(runner):
+        streams.tell(runner.notes)
         chat = Chat(
             runner,
             sampling=sampling,
@@ -137,6 +143,7 @@ def generate_once(
         prompt = streams.read_all().removesuffix("\n")
     runner, sampling = _open(artifact, options)
     with closing(runner):
+        streams.tell(runner.notes)
         tokens = runner.tokenize(prompt, add_special=True, parse_special=True)
         if not tokens:
             raise DataError("the prompt is empty", hint="give some text to continue")

@@ -19,7 +19,7 @@ import numpy as np
 from edgeslm.errors import EngineError, ModelError
 from edgeslm.gguf_file import GGML_TYPES, read_gguf
 from edgeslm.runtime.engine import load_engine
-from edgeslm.runtime.fit import PLAIN_KV_TYPES, check_memory, completed
+from edgeslm.runtime.fit import DEFAULT_KV_TYPE, PLAIN_KV_TYPES, check_memory, completed
 from edgeslm.runtime.guard import can_tokenize, check_runnable
 from edgeslm.runtime.host import memory_bytes
 from edgeslm.runtime.runner import ModelFacts
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgeslm.bundle import Bundle
     from edgeslm.gguf_file import GgufFile
     from edgeslm.runtime.engine import Engine
     from edgeslm.runtime.runner import RunnerOptions
@@ -39,6 +40,13 @@ _NULL_TOKEN = -1
 
 class LlamaRunner:
     """One GGUF model in llama.cpp with one sequence of state; implements edgeslm.runtime.runner.Runner."""
+
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def open(cls, bundle: Bundle, options: RunnerOptions) -> LlamaRunner:
+        """The runner of a bundle or bare file."""
+        return cls(bundle.weights, options)
 
     def __init__(
         self, weights: Path, options: RunnerOptions, *, clock: Callable[[], float] = time.perf_counter
@@ -280,7 +288,7 @@ def _new_context(engine: Engine, model: Any, options: RunnerOptions, name: str) 
     parameters.n_batch = options.batch
     parameters.n_ubatch = options.ubatch
     parameters.n_threads = parameters.n_threads_batch = options.threads
-    parameters.type_k = parameters.type_v = GGML_TYPES[options.kv_type.upper()].id
+    parameters.type_k = parameters.type_v = GGML_TYPES[(options.kv_type or DEFAULT_KV_TYPE).upper()].id
     parameters.flash_attn_type = -1 if options.flash_attention is None else int(options.flash_attention)
     parameters.swa_full = False
     engine.forget_log()

@@ -16,7 +16,9 @@ import numpy as np
 from edgeslm.errors import BundleError, DataError, EngineError, RecipeError
 from edgeslm.onnx_file import read_onnx
 from edgeslm.runtime.host import usable_cores
+from edgeslm.runtime.ort_session import MAX_THREADS, check_operators, first_line, open_session
 from edgeslm.runtime.posterior import Decision, read_decision
+from edgeslm.runtime.tokenizer import TOKENIZER_NAME, load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 
 BATCH = 32
 """Examples computed at once unless the caller says otherwise."""
-MAX_THREADS = 512
-TOKENIZER_NAME = "tokenizer.json"
+CHARACTERS_PER_TOKEN = 64
+"""Text beyond so many characters for each token that the model reads is not tokenized, as in training."""
 INPUTS = {
     "text": {"input_ids": "tensor(int64)", "attention_mask": "tensor(int64)"},
     "sensors": {"readings": "tensor(float)"},
@@ -64,9 +66,9 @@ class OrtClassifier:
         self.decision: Decision = read_decision(
             bundle.manifest.get("decision"), self.labels, str(bundle.path)
         )
-        read_onnx(bundle.weights)
+        check_operators(read_onnx(bundle.weights))
         start = clock()
-        self._session = _session(bundle.weights, self.threads)
+        self._session = open_session(bundle.weights, threads=self.threads).session
         self._tokenizer = _tokenizer(bundle, self.preprocessing) if self.kind == "text" else None
         self.load_s = clock() - start
         self._check_graph(bundle.path)
@@ -109,6 +111,20 @@ class OrtClassifier:
         """Token ids of each text with the model's own marks around them, cut at the model's length."""
         return [encoding.ids or [self.preprocessing["pad_id"]] for encoding in self._encode(texts)]
 
+    def encode(self, texts: Sequence[str]) -> list[tuple[list[int], bool]]:
+        """Both of each text in one pass: its tokens as `tokenize` gives them, and whether it is cut."""
+        longest = CHARACTERS_PER_TOKEN * self.preprocessing["max_tokens"]
+        encodings = self._encode([text[:longest] for text in texts])
+        none = [self.preprocessing["pad_id"]]
+        return [
+            (encoding.ids or none, bool(encoding.overflowing) or len(text) > longest)
+            for encoding, text in zip(encodings, texts, strict=True)
+        ]
+
+    def predict_tokens(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+        """Probabilities [B, L] of rows of tokens in one call; several threads may call at once."""
+        return self._run(*self._padded(rows))
+
     def is_cut(self, texts: Sequence[str]) -> list[bool]:
         """Whether each text goes on behind the model's length, where nothing is seen of it."""
         return [bool(encoding.overflowing) for encoding in self._encode(texts)]
@@ -135,7 +151,7 @@ class OrtClassifier:
         try:
             logits = self._session.run(None, dict(zip(INPUTS[self.kind], arrays, strict=True)))[0]
         except Exception as error:  # the engine's errors share no class of their own
-            raise EngineError(f"ONNX Runtime could not compute: {_first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime could not compute: {first_line(error)}") from error
         if not np.isfinite(logits).all():
             raise EngineError(
                 "the model's scores are not finite numbers", hint="a weight overflowed: train or export again"
@@ -183,35 +199,8 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.asarray(exponential / exponential.sum(axis=1, keepdims=True))
 
 
-def _session(weights: Path, threads: int) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EngineError(
-            f"onnxruntime is not installed or does not load: {_first_line(error)}",
-            hint="pip install 'edgeslm[onnx]'",
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # failures come as exceptions, with the same words
-    try:
-        return onnxruntime.InferenceSession(weights, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the engine's errors share no class of their own
-        raise EngineError(
-            f"{weights.name}: ONNX Runtime does not load this model: {_first_line(error)}",
-            hint="a newer onnxruntime may know its operators",
-        ) from error
-
-
 def _tokenizer(bundle: Bundle, preprocessing: Mapping[str, Any]) -> Any:
-    from tokenizers import Tokenizer
-
-    path = bundle.path / TOKENIZER_NAME
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise BundleError(f"{path}: no usable tokenizer: {_first_line(error)}", hint=_AGAIN) from error
+    tokenizer = load_tokenizer(bundle.path / TOKENIZER_NAME)
     tokenizer.no_padding()
     tokenizer.enable_truncation(preprocessing["max_tokens"])
     return tokenizer
@@ -261,7 +250,3 @@ def _is_normalization(facts: Mapping[str, Any]) -> bool:
         return False
     fits = center.shape == scale.shape == (len(channels),)
     return fits and bool(np.isfinite(center).all() and np.isfinite(scale).all() and (scale > 0).all())
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

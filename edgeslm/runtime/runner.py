@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from edgeslm.bundle import Bundle
 
-RUNNERS = {"gguf": "edgeslm.runtime.llama:LlamaRunner"}
-"""Weight format to the class that runs it, resolved when a bundle is opened."""
+RUNNERS = {"gguf": "edgeslm.runtime.llama:LlamaRunner", "onnx": "edgeslm.runtime.ort_lm:OrtRunner"}
+"""Weight format to the class that runs it, resolved when a bundle is opened; its `open` takes the bundle."""
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """Types that the key-value cache may have."""
@@ -34,13 +34,15 @@ class RunnerOptions:
     batch: int = 2048
     """Most tokens submitted to one decode call (llama.cpp n_batch)."""
     ubatch: int = 512
-    """Most tokens computed at once (llama.cpp n_ubatch)."""
-    kv_type: str = "f16"
-    """Element type of the KV cache, one of KV_TYPES."""
+    """Most tokens computed at once (llama.cpp n_ubatch; in ONNX Runtime the tokens of one run)."""
+    kv_type: str | None = None
+    """Element type of the KV cache, one of KV_TYPES; None: f16 in llama.cpp, in ONNX what the graph has."""
     flash_attention: bool | None = None
     """None: as the engine sees fit."""
     mmap: bool = True
     mlock: bool = False
+    provider: str | None = None
+    """ONNX Runtime's execution provider, one of ort_session.PROVIDERS; None: the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,8 @@ class Runner(Protocol):
     """With every None replaced by what is in force."""
     load_s: float
     """Seconds that loading took: weights mapped or read, context allocated, no warm-up."""
+    notes: tuple[str, ...]
+    """What could not be done as the options ask, in words for the user."""
 
     @property
     def position(self) -> int:
@@ -114,6 +118,11 @@ def open_runner(bundle: Bundle, options: RunnerOptions) -> Runner:
             f"{bundle.path}: no engine runs the format {bundle.format!r}",
             hint=f"this version runs {', '.join(RUNNERS)}",
         )
+    if bundle.is_classifier:
+        raise BundleError(
+            f"{bundle.path}: a bundle for {(bundle.manifest or {}).get('task')} generates no text",
+            hint="edgeslm eval and edgeslm bench measure it; edgeslm classify or predict uses it",
+        )
     module, name = RUNNERS[bundle.format].split(":")
-    runner: Runner = getattr(import_module(module), name)(bundle.weights, options)
+    runner: Runner = getattr(import_module(module), name).open(bundle, options)
     return runner

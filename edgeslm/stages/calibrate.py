@@ -19,6 +19,7 @@ from edgeslm.errors import DataError, ModelError
 from edgeslm.gguf_file import read_gguf, tensor_bytes
 from edgeslm.progress import Progress, Quiet
 from edgeslm.stages.architectures import module_names
+from edgeslm.stages.chats import renderer
 from edgeslm.stages.data import Document, render
 
 if TYPE_CHECKING:
@@ -57,19 +58,34 @@ def run(
     noted in the file.  Raises DataError for too little text, ModelError for a model that torch can't run
     and for activations that are not finite.
     """
-    progress = progress or Quiet()
+    windows = token_windows(checkpoint, found, spec, chat=chat, progress=progress)
+    model = checkpoint.load()
+    statistics = measure(model, torch_names(model), windows, progress)
+    write_importance(out, statistics, windows=len(windows), context=spec.context, sources=sources)
+    return out
+
+
+def token_windows(
+    checkpoint: Checkpoint,
+    found: Iterable[Document],
+    spec: CalibrateSpec,
+    *,
+    chat: ChatRenderer,
+    progress: Progress | None = None,
+) -> NDArray[np.int64]:
+    """[windows, C] token ids of calibration text, spread over it; BOS is first where the tokenizer puts one.
+
+    Raises DataError for too little text.
+    """
     tokenizer = checkpoint.tokenizer()
     stream = token_stream(found, tokenizer, chat)
     windows = choose_windows(stream, context=spec.context, tokens=spec.tokens)
     bos = begin_token(tokenizer)
     if bos is not None:
         windows[:, 0] = bos
-    if windows.size < spec.tokens // spec.context * spec.context:
+    if windows.size < spec.tokens // spec.context * spec.context and progress is not None:
         progress.note(f"calibration: the text has {windows.size} tokens, {spec.tokens} were asked for")
-    model = checkpoint.load()
-    statistics = measure(model, torch_names(model), windows, progress)
-    write_importance(out, statistics, windows=len(windows), context=spec.context, sources=sources)
-    return out
+    return windows
 
 
 def token_stream(found: Iterable[Document], tokenizer: Any, chat: ChatRenderer) -> Iterator[int]:
@@ -78,25 +94,11 @@ def token_stream(found: Iterable[Document], tokenizer: Any, chat: ChatRenderer) 
     if bos is not None:
         yield bos
 
-    def render_messages(messages: Sequence[Mapping[str, str]]) -> str:
-        return chat(_template(tokenizer), messages, tokenizer.bos_token or "", tokenizer.eos_token or "")
-
+    as_text = renderer(tokenizer, lambda template, turns, bos, eos, _asks: chat(template, turns, bos, eos))
     for index, document in enumerate(found):
-        text = ("\n\n" if index else "") + render(document, render_messages)
+        text = ("\n\n" if index else "") + render(document, lambda messages: as_text(messages, False))
         plain = document.messages is None
         yield from tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)
-
-
-def _template(tokenizer: Any) -> str:
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not template:
-        raise DataError(
-            "the calibration text has conversations and the model has no chat template",
-            hint="use plain text, or put the template into tokenizer_config.json",
-        )
-    return str(template)
 
 
 def begin_token(tokenizer: Any) -> int | None:

@@ -61,6 +61,19 @@ def load_classifier(checkpoint: Checkpoint) -> tuple[Any, tuple[str, ...], Any]:
     return SequenceClassifier(model).eval(), _labels(config), tokenizer
 
 
+def task_of(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is for, by its configuration: one of edgeslm.specs.TASKS."""
+    if checkpoint.kind == "gguf":
+        return "causal-lm"
+    config = checkpoint.config()
+    kind = config.get("model_type")
+    if kind == "edgeslm-sensor":
+        return "sensor-classification"
+    named = (config.get("architectures") or [""])[0]
+    is_text = kind == RECURRENT or ancestry(checkpoint.path).get("kind") == POOLED
+    return "text-classification" if is_text or named.endswith("ForSequenceClassification") else "causal-lm"
+
+
 def new_classifier(checkpoint: Checkpoint, labels: Sequence[str], *, seed: int) -> tuple[Any, list[str]]:
     """(a transformers sequence classifier on top of `checkpoint`, the weights that are new in it).
 

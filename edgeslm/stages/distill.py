@@ -10,16 +10,15 @@ Hinton et al. 2015, arXiv:1503.02531.  Sequence level and on policy: see edgeslm
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgeslm.atomic import atomic_write, way_out
-from edgeslm.errors import EdgeslmError, RecipeError
+from edgeslm.atomic import atomic_write
+from edgeslm.errors import RecipeError
 from edgeslm.progress import Progress, Quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from edgeslm.specs import DistillSpec
@@ -114,21 +113,12 @@ def check(spec: DistillSpec, task: str, *, has_student: bool) -> None:
 
 def teacher_answers(fill: Callable[[], Records]) -> Records:
     """What `fill` brings to disk, by the main process alone while the others wait."""
-    from edgeslm.stages.train import is_main, wait_for_all
+    from edgeslm.stages.team import is_main, wait_for_all
 
     if is_main():
         fill()
     wait_for_all()
     return fill()
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Files are written to `out` inside; EdgeslmError when they can't be."""
-    try:
-        yield
-    except OSError as error:
-        raise EdgeslmError(f"can't write {out}: {error.strerror or error}", hint=way_out(error)) from error
 
 
 def described(checkpoint: Checkpoint, model: Any) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgeslm.atomic import writing
 from edgeslm.errors import DataError, ModelError
 from edgeslm.stages import alignment
 from edgeslm.stages import teacher as answers
 from edgeslm.stages.checkpoint import Checkpoint, model_directory
-from edgeslm.stages.distill import described, teacher_answers, write_record, writing
+from edgeslm.stages.distill import described, teacher_answers, write_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ def distill_texts(lesson: Lesson) -> Checkpoint:
     """Distil a text classifier; see edgeslm.stages.distill.run."""
     from edgeslm.stages import classifier
     from edgeslm.stages.labelled import collate_texts
-    from edgeslm.stages.train import is_main, wait_for_all
+    from edgeslm.stages.team import is_main, wait_for_all
 
     guide, labels, tokenizer = classifier.load_classifier(lesson.teacher)
     _check_labels(lesson, labels)
@@ -71,8 +72,8 @@ def distill_sensors(lesson: Lesson) -> Checkpoint:
     import numpy as np
 
     from edgeslm.stages import saving, sensor_net
-    from edgeslm.stages.sensor_training import collate, log_loss, predict
-    from edgeslm.stages.train import is_main, wait_for_all
+    from edgeslm.stages.sensor_training import collate, log_loss, predict, suited_threads
+    from edgeslm.stages.team import is_main, wait_for_all
 
     guide = sensor_net.load(lesson.teacher.path)
     _check_labels(lesson, guide.config.labels)
@@ -88,15 +89,16 @@ def distill_sensors(lesson: Lesson) -> Checkpoint:
         right = float(np.mean(scores.argmax(1) == label))
         return {"examples": len(label), "log_loss": log_loss(scores, label), "accuracy": right}
 
-    training, heldout = _train(
-        lesson,
-        guide,
-        student,
-        collate=collate,
-        inputs=("readings",),
-        classes=len(guide.config.labels),
-        measure=measure,
-    )
+    with suited_threads(student):
+        training, heldout = _train(
+            lesson,
+            guide,
+            student,
+            collate=collate,
+            inputs=("readings",),
+            classes=len(guide.config.labels),
+            measure=measure,
+        )
     if is_main():
         with writing(lesson.out):
             sensor_net.save(student.cpu(), lesson.out)
@@ -192,7 +194,8 @@ def _train(
     measure: Measure,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Train the student on the teacher's logits: the record of it, and what both do on the held-out examples."""
-    from edgeslm.stages.train import processes, train
+    from edgeslm.stages.team import processes
+    from edgeslm.stages.train import train
 
     data, given = lesson.train, lesson.heldout is not None and len(lesson.heldout) > 0
     device = processes().device

@@ -14,7 +14,16 @@ from edgeslm.stages import alignment, generations
 from edgeslm.stages import teacher as answers
 from edgeslm.stages.checkpoint import Checkpoint, model_directory, read_json
 from edgeslm.stages.distill import described, teacher_answers, write_record
-from edgeslm.stages.finetune import LOGITS_AT_ONCE, TOKENS_EVALUATED, affordable_evaluations, causal_counted
+from edgeslm.stages.finetune import (
+    LOGITS_AT_ONCE,
+    TOKENS_EVALUATED,
+    affordable_evaluations,
+    causal_counted,
+    check_context,
+    check_memory,
+)
+from edgeslm.stages.prune import text_config
+from edgeslm.stages.widths import required_kinds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,25 +45,32 @@ Batch = dict[str, Any]
 def distill_language(lesson: Lesson) -> Checkpoint:
     """Distil a causal language model; see edgeslm.stages.distill.run."""
     from edgeslm.stages.saving import save_model
-    from edgeslm.stages.train import is_main, train, wait_for_all
+    from edgeslm.stages.team import is_main, wait_for_all
+    from edgeslm.stages.train import train
 
     spec, parent = lesson.spec, lesson.student or lesson.teacher
     heldout = lesson.heldout if lesson.heldout is not None and len(lesson.heldout) else None
     if len(lesson.train) == 0:
         raise DataError("there is nothing to distil on", hint="the training sources hold no blocks")
+    context = len(lesson.train[0]["input_ids"])
     guide = lesson.teacher.load()
+    check_context(guide, context, lesson.teacher.name, "distill")
     model, kept = _student(lesson, guide)
+    check_context(model, context, parent.name, "distill")
     teacher = None if spec.mode == "sequence" else _aligned(lesson, guide, model)
-    reached = None if teacher is None or heldout is None else heldout_loss(teacher, heldout)
+    reached = _reached(teacher, heldout) if is_main() else None
     dataset, collate = _material(lesson, guide, teacher)
-    settings = micro_batches(spec.train, vocabulary_rows(model), len(lesson.train[0]["input_ids"]))
+    settings = micro_batches(spec.train, vocabulary_rows(model), context)
+    learner = _learner(lesson, guide, model)
+    check_memory(learner, parent.name, hint="take a smaller student")
+    tokens = min(vocabulary_rows(model), len(parent.tokenizer()))
     training = train(
-        _learner(lesson, guide, model),
+        learner,
         dataset,
         collate,
         settings,
         lesson.work,
-        loss=LanguageLoss(spec=spec, teacher=teacher, student=model, kept=tuple(kept)),
+        loss=LanguageLoss(spec=spec, teacher=teacher, student=model, kept=tuple(kept), tokens=tokens),
         counted=causal_counted,
         evaluate=None if heldout is None else lambda learner: heldout_loss(learner, heldout),
         evaluations=affordable_evaluations(settings, len(dataset), evaluated(heldout)),
@@ -66,7 +82,7 @@ def distill_language(lesson: Lesson) -> Checkpoint:
         facts = {
             "teacher": described(lesson.teacher, guide),
             "student": {**described(parent, model), "kind": spec.student.kind, "layers": kept},
-            "heldout": {"teacher": _as_perplexity(reached), **_ends(training, spec.train)},
+            "heldout": {"teacher": _as_perplexity(reached), **_ends(training)},
         }
         notes = {"teacher": facts["teacher"]}
         save_model(model.cpu(), None, lesson.out, parent=parent, stage="distill", spec=spec, notes=notes)
@@ -75,13 +91,21 @@ def distill_language(lesson: Lesson) -> Checkpoint:
     return model_directory(lesson.out, parent.source)
 
 
-def _ends(training: dict[str, Any], spec: TrainSpec) -> dict[str, Any]:
+def _reached(teacher: Teacher | None, heldout: Any | None) -> float | None:
+    """The teacher's own held-out loss."""
+    if teacher is None or heldout is None:
+        return None
+    _to_accelerator(teacher.model)
+    return heldout_loss(teacher, heldout)
+
+
+def _ends(training: dict[str, Any]) -> dict[str, Any]:
     """The held-out loss before the first step, and that of the weights that were kept."""
     points = {point["step"]: point["loss"] for point in training["evaluations"]}
     if not points:
         return {"before": None, "after": None}
-    last = training["best_step"] if spec.patience is not None else max(points)
-    return {"before": _as_perplexity(points.get(0)), "after": _as_perplexity(points[last])}
+    after = points[training["weights_of_step"]]
+    return {"before": _as_perplexity(points.get(0)), "after": _as_perplexity(after)}
 
 
 def _as_perplexity(loss: float | None) -> dict[str, float] | None:
@@ -96,7 +120,7 @@ def _student(lesson: Lesson, guide: Any) -> tuple[Any, list[int]]:
     from edgeslm.stages import students
 
     if lesson.spec.student.kind == "smaller":
-        return students.smaller(guide, lesson.spec.student.layers)
+        return students.smaller(guide, lesson.spec.student.layers, required_kinds(text_config(guide)))
     assert lesson.student is not None
     model = lesson.student.load()
     count, own = (one.config.get_text_config().num_hidden_layers for one in (guide, model))
@@ -158,7 +182,7 @@ def micro_batches(spec: TrainSpec, vocabulary: int, context: int) -> TrainSpec:
     """The settings with a micro-batch whose logits fit into memory, where they name none."""
     if spec.micro_batch:
         return spec
-    from edgeslm.stages.train import processes
+    from edgeslm.stages.team import processes
 
     room = LOGITS_AT_ONCE.get(processes().device.type, LOGITS_AT_ONCE["cpu"])
     return replace(spec, micro_batch=max(1, min(room // (vocabulary * context), spec.batch_size)))
@@ -222,7 +246,7 @@ def end_tokens(model: Any) -> tuple[int, ...]:
 
 def _to_accelerator(model: Any) -> Any:
     """Move a model to where it is trained; the device."""
-    from edgeslm.stages.train import processes
+    from edgeslm.stages.team import processes
 
     device = processes().device
     model.to(device)
@@ -237,13 +261,15 @@ class LanguageLoss:
     """The sum over a batch's counted positions; see edgeslm.stages.losses.
 
     teacher: None where the data are the teacher's words.  student: the bare model, which writes on policy.
-    kept: the teacher's layer of each of the student's.
+    kept: the teacher's layer of each of the student's.  tokens: the student's ids below are tokens, which
+    it may write; others pad its vocabulary.
     """
 
     spec: DistillSpec
     teacher: Teacher | None
     student: Any
     kept: tuple[int, ...]
+    tokens: int
 
     def __call__(self, model: Any, batch: Batch) -> Any:
         """model: the learner, perhaps wrapped for several processes.  batch: {input_ids, labels}, [B, S]."""
@@ -265,7 +291,7 @@ class LanguageLoss:
         prompts = [list(ids[: generations.prompt_length(labels)]) for ids, labels in rows]
         context, end = batch["input_ids"].shape[1], end_tokens(self.student)
         assert self.teacher is not None
-        width = self.teacher.width
+        width = min(self.teacher.width, self.tokens)
         written = generations.continue_texts(self.student, prompts, context, end=end, width=width)
         blocks = generations.as_blocks(prompts, written, context, end[0] if end else 0)
         device = batch["input_ids"].device

@@ -16,10 +16,10 @@ from edgeslm.progress import Quiet
 from edgeslm.stages import labelled
 from edgeslm.stages.data import heldout_documents, scrubber_of, train_documents
 from edgeslm.stages.packing import TokenBlocks, pack
-from edgeslm.stages.tables import Tally
+from edgeslm.stages.tables import Tally, is_hub, locate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from edgeslm.progress import Progress
@@ -98,22 +98,39 @@ def open_sets(task: str, directory: Path) -> DataSets:
 def _fill_blocks(job: _Job) -> dict[str, Any]:
     recipe, data, progress = job.recipe, job.recipe.data, job.progress
 
-    def packed(found: Iterable[Document], name: str) -> TokenBlocks:
+    def packed(found: Iterable[Document], name: str, size: float) -> TokenBlocks:
         return pack(
             found, job.tokenizer, job.context, job.out / name, completion_only=data.completion_only,
-            chat=job.chat, progress=progress,
+            chat=job.chat, text_bytes=int(size), progress=progress,
         )  # fmt: skip
 
-    train = packed(train_documents(recipe, progress, job.scrubber), "train")
+    size, held_size = (sources_bytes(sources, recipe.base) for sources in (data.train, data.heldout))
+    if data.heldout_every:
+        held_size = size / data.heldout_every
+        size -= held_size
+    train = packed(train_documents(recipe, progress, job.scrubber), "train", size)
     if not (data.heldout or data.heldout_every):
         return labelled.data_record(train.summary(), None)
-    held = packed(heldout_documents(recipe, progress, job.scrubber), "heldout")
+    held = packed(heldout_documents(recipe, progress, job.scrubber), "heldout", held_size)
     again = Quiet()  # the sources are read once more; what is wrong with them has been said
     found = labelled.duplicates(
         map(_plain, train_documents(recipe, again)), map(_plain, heldout_documents(recipe, again))
     )
     _say_duplicates(found, progress)
     return labelled.data_record(train.summary(), held.summary(), found=found)
+
+
+def sources_bytes(sources: Sequence[str], base: Path) -> float:
+    """Bytes of all sources as they lie on the disk; 0 where that says little: a hub's, packed or in columns."""
+    total = 0
+    for source in sources:
+        if is_hub(source):
+            return 0.0
+        path, _ = locate(source, base)
+        if path.suffix.lower() in (".gz", ".parquet"):
+            return 0.0
+        total += path.stat().st_size
+    return float(total)
 
 
 def _plain(document: Document) -> str:

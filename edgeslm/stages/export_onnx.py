@@ -1,10 +1,12 @@
-"""A classifier as a float32 ONNX file, and the tokenizer beside it as the device reads it.
+"""A classifier as an ONNX file, and the tokenizer beside it as the device reads it.
 
     OUT                  input_ids, attention_mask [B, S] int64 (or readings [B, R, C] float32) -> logits [B, L]
     tokenizer.json       beside OUT, for text: the tokenizer as training used it, without padding or cutting
+    model.ort, required_operators.config     beside OUT, for mobile builds: see edgeslm.stages.onnx_mobile
 
-The file is checked by onnx, then run by ONNX Runtime on a padded batch and compared with what torch makes
-of each row alone: a wrong mask, or a size that was frozen into the graph, stops the export.
+The float32 graph is checked by onnx, then run by ONNX Runtime on a padded batch and compared with what torch
+makes of each row alone: a wrong mask, or a size that was frozen into the graph, stops the export.  Fewer bits
+come after that: see edgeslm.stages.onnx_int8.
 
 B batch, S sequence, R rows of a window, C channels, L labels.
 """
@@ -21,9 +23,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeslm.atomic import atomic_write, replacing, write_flushed
-from edgeslm.errors import EngineError, ModelError
+from edgeslm.errors import ModelError
 from edgeslm.progress import Quiet
+from edgeslm.specs import QuantizeSpec
+from edgeslm.stages import onnx_feeds, onnx_int8, onnx_mobile
 from edgeslm.stages.checkpoint import first_line
+from edgeslm.stages.onnx_proof import Traced, bare, describe, prove, prove_quantized, quantized_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -45,10 +50,6 @@ OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"
 """Families whose position numbers begin behind the padding token's: so many texts' tokens fit less."""
 OPERATORS = {"aten::asinh": "Asinh"}
 """Functions of one tensor that ONNX has and torch's exporter does not translate."""
-TOLERANCE = 2e-4
-"""Largest difference between engine and torch, over the largest logit: rounding is a hundred times smaller."""
-ONNX_TYPES = {1: "F32", 2: "U8", 3: "I8", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 16: "BF16"}
-"""onnx.TensorProto.DataType to the names that plans use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,33 +66,31 @@ class Exported:
         """What goes into the bundle: name inside to file."""
         tokenizer = self.path.with_name(TOKENIZER_NAME)
         needed = [self.path, *([tokenizer] if self.model["preprocessing"]["kind"] == "text" else [])]
+        if (self.plan.get("onnx") or {}).get("mobile"):
+            needed += [self.path.with_name(name) for name in onnx_mobile.NAMES]
         return {path.name: path for path in needed}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Traced:
-    """What an export needs to know of a classifier: its module, its inputs and how raw data become them."""
-
-    module: Any
-    labels: tuple[str, ...]
-    preprocessing: dict[str, Any]
-    probe: tuple[NDArray[Any], ...]
-    """Arrays in the order of forward's arguments; rows of the first may be shorter than the longest."""
-    axes: dict[str, dict[int, str]]
-    """Input name to its dimensions of any size."""
-
-
 def run(
-    checkpoint: Checkpoint, out: Path, *, max_tokens: int | None = None, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    spec: QuantizeSpec | None = None,
+    max_tokens: int | None = None,
+    calibration: Sequence[str | NDArray[Any]] | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
-    """Write a classifier directory as the ONNX file `out`, and its tokenizer beside.
+    """Write a classifier directory as the ONNX file `out`, and what goes with it beside.
 
     checkpoint: a sequence classifier of transformers, an encoder with a head, a recurrent student or a
-    sensor network.  max_tokens: where texts are cut, as in training; None: the model's limit, at most 512.
-    Raises ModelError for what can't be exported or computes something else afterwards.
+    sensor network.  spec: None: F32.  max_tokens: where texts are cut, as in training; None: the model's
+    limit, at most 512.  calibration: texts, or windows [R, C] in physical units, on which ranges of
+    activations and the loss of fewer bits are measured.
+    Raises ModelError for what can't be exported or computes something else afterwards, DataError for
+    calibration that is missing or unfit, RecipeError for a scheme that there is not.
     """
-    progress = progress or Quiet()
-    config = checkpoint.config()
+    progress, config = progress or Quiet(), checkpoint.config()
+    spec = spec or QuantizeSpec(format="onnx", scheme="F32")
     with progress.task("writing ONNX", total=3, unit="steps") as advance:
         if config.get("model_type") == "edgeslm-sensor":
             traced, tokenizer = _open_sensor(checkpoint, config), None
@@ -103,13 +102,23 @@ def run(
         prove(data, traced, checkpoint.name)
         advance(1)
     plan, interface = describe(data)
+    parameters = sum(of["parameters"] for name, of in plan["types"].items() if not name.startswith("I"))
+    found: list[str] = []
+    if spec.scheme != "F32":
+        feeds = onnx_feeds.prepare(calibration or (), traced, tokenizer)
+        data, facts, found = onnx_int8.quantize_classifier(data, spec.scheme, spec.onnx, feeds, progress)
+        prove_quantized(data, traced, checkpoint.name)
+        plan, interface = quantized_plan(plan, spec.scheme, facts), describe(data)[1]
     with replacing(out) as beside:
         write_flushed(beside, data)
         if tokenizer is not None:
             atomic_write(out.with_name(TOKENIZER_NAME), tokenizer)
+        if spec.onnx.mobile:
+            onnx_mobile.write(data, out.parent, target=spec.onnx.target)
+            plan["onnx"] = plan.get("onnx", {}) | {"mobile": True}
     model = {
         "architecture": config.get("model_type"),
-        "parameters": sum(of["parameters"] for name, of in plan["types"].items() if not name.startswith("I")),
+        "parameters": parameters,
         "context_length": traced.preprocessing.get("max_tokens"),
         "vocab_size": config.get("vocab_size"),
         "tokenizer": json.loads(tokenizer)["model"].get("type") if tokenizer else None,
@@ -120,7 +129,7 @@ def run(
         "preprocessing": traced.preprocessing,
         **interface,
     }
-    return Exported(path=out, plan=plan, model=model, warnings=[])
+    return Exported(path=out, plan=plan, model=model, warnings=found)
 
 
 # --- the kinds of classifier ---
@@ -219,7 +228,7 @@ def to_onnx(traced: Traced, name: str) -> bytes:
         with warnings.catch_warnings(), traceable(traced.module), torch.no_grad():
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                _Logits(traced.module), inputs, buffer, dynamo=False, opset_version=OPSET,
+                bare(traced.module), inputs, buffer, dynamo=False, opset_version=OPSET,
                 input_names=list(traced.axes), output_names=["logits"], dynamic_axes=axes,
             )  # fmt: skip
     except (RuntimeError, ValueError, TypeError, torch.onnx.errors.OnnxExporterError) as error:
@@ -234,22 +243,6 @@ def to_onnx(traced: Traced, name: str) -> bytes:
             hint="prune it, or distill it into a smaller student",
         )
     return data
-
-
-def _Logits(module: Any) -> Any:  # noqa: N802 (a class, made where torch may be loaded)
-    """The module with a bare tensor for its output, in evaluation mode and float32."""
-    import torch
-
-    class Logits(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = module
-
-        def forward(self, *inputs: torch.Tensor) -> Any:
-            output = self.inner(*inputs)
-            return getattr(output, "logits", output)
-
-    return Logits().float().eval()
 
 
 @contextmanager
@@ -309,85 +302,3 @@ def _additive_mask(*arguments: Any, dtype: Any = None, **named: Any) -> Any:
     dtype = dtype or torch.float32
     seen = _boolean_mask(*arguments, **named)
     return torch.where(seen, torch.tensor(0.0, dtype=dtype), torch.finfo(dtype).min)
-
-
-# --- what was written ---
-
-
-def prove(data: bytes, traced: Traced, name: str) -> None:
-    """Raise ModelError unless ONNX Runtime computes on a padded batch what torch does on each row alone."""
-    import torch
-
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EngineError(
-            "onnxruntime is not installed: what was exported can't be checked",
-            hint="pip install 'edgeslm[workstation]'",
-        ) from error
-    try:
-        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-        names = list(traced.axes)
-        found = session.run(["logits"], dict(zip(names, traced.probe, strict=True)))[0]
-    except Exception as error:  # the engine's own errors share no class
-        raise ModelError(f"{name}: ONNX Runtime refuses what torch wrote: {first_line(error)}") from error
-    module = _Logits(traced.module)
-    expected = []
-    with torch.no_grad():
-        for number in range(len(traced.probe[0])):
-            row = [array[number : number + 1] for array in traced.probe]
-            if len(row) == 2:  # tokens and their mask: without the padding
-                row = [array[:, : int(row[1].sum())] for array in row]
-            expected.append(module(*map(torch.from_numpy, row))[0].numpy())
-    if found.shape != (len(expected), len(traced.labels)):
-        raise ModelError(
-            f"{name}: the model gives {found.shape[-1]} scores for {len(traced.labels)} labels",
-            hint="num_labels of its configuration and its labels must agree",
-        )
-    largest = max(float(np.abs(expected).max()), 1.0)
-    worst = float(np.abs(found - np.stack(expected)).max())
-    if not worst <= TOLERANCE * largest:
-        raise ModelError(
-            f"{name}: the ONNX file computes something else than the model: logits differ by {worst:.2g} "
-            f"where the largest is {largest:.2g}",
-            hint="does padding change the model's result, or a layer choose by the data?",
-        )
-
-
-def describe(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(plan, interface): the weights by type as the manifest's quantization, and opset, inputs and outputs."""
-    import onnx
-
-    model = onnx.load_from_string(data)
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except onnx.checker.ValidationError as error:
-        raise ModelError(f"the ONNX file is not valid: {first_line(error)}") from error
-    types: dict[str, dict[str, int]] = {}
-    for tensor in model.graph.initializer:
-        name = ONNX_TYPES.get(tensor.data_type, f"type {tensor.data_type}")
-        sums = types.setdefault(name, {"tensors": 0, "parameters": 0, "bytes": 0})
-        sums["tensors"] += 1
-        sums["parameters"] += int(np.prod(tensor.dims, dtype=np.int64))
-        sums["bytes"] += onnx.numpy_helper.to_array(tensor).nbytes
-    weights = sum(of["parameters"] for of in types.values())
-    plan: dict[str, Any] = {
-        "scheme": "F32",
-        "bits_per_weight": 8 * sum(of["bytes"] for of in types.values()) / weights if weights else None,
-        "importance": None,
-        "types": types,
-        "fallbacks": [],
-    }
-    interface = {
-        "opset": model.opset_import[0].version,
-        "inputs": [_declared(value) for value in model.graph.input],
-        "outputs": [_declared(value) for value in model.graph.output],
-    }
-    return plan, interface
-
-
-def _declared(value: Any) -> dict[str, Any]:
-    """{name, type, shape} of a graph's input or output; a dimension of any size is its name."""
-    tensor = value.type.tensor_type
-    shape = [axis.dim_param or axis.dim_value for axis in tensor.shape.dim]
-    return {"name": value.name, "type": ONNX_TYPES[tensor.elem_type], "shape": shape}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.atomic import atomic_write
+from edgeslm.atomic import atomic_write, writing
 from edgeslm.device import probe
 from edgeslm.errors import ModelError, RecipeError
 from edgeslm.progress import Progress, Quiet
@@ -30,7 +30,7 @@ from edgeslm.stages.classifier import (
     new_classifier,
     pad_token,
 )
-from edgeslm.stages.train import is_main, processes, wait_for_all
+from edgeslm.stages.team import is_main, processes, wait_for_all
 from edgeslm.stages.train import train as fit
 
 if TYPE_CHECKING:
@@ -163,7 +163,23 @@ def adapted(task: _Task, spec: FinetuneSpec, checkpoint: Checkpoint, seed: int) 
     return model
 
 
-def check_memory(model: Any, name: str, free_bytes: int | None = None) -> None:
+def check_context(model: Any, context: int, name: str, stage: str) -> None:
+    """Raise RecipeError for blocks longer than what a language model was made for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and context > limit:
+        raise RecipeError(
+            f"context = {context}, but {name} was made for {limit} tokens",
+            hint=f"set [{stage}.train] context to {limit} or less",
+        )
+
+
+def check_memory(
+    model: Any,
+    name: str,
+    free_bytes: int | None = None,
+    *,
+    hint: str = 'method = "lora" trains about a hundredth of them',
+) -> None:
     """Raise ModelError when gradients and AdamW's two moments have no room beside the loaded weights.
 
     free_bytes: None for what the device has.  Activations come on top and are not counted.
@@ -181,7 +197,7 @@ def check_memory(model: Any, name: str, free_bytes: int | None = None) -> None:
         raise ModelError(
             f"{name}: training {trained / 1e6:,.0f} M weights needs {needed / 2**30:.1f} GiB, "
             f"{free_bytes / 2**30:.1f} GiB are free",
-            hint='method = "lora" trains about a hundredth of them',
+            hint=hint,
         )
 
 
@@ -192,12 +208,7 @@ def _language(checkpoint: Checkpoint, blocks: Any) -> _Task:
     from edgeslm.stages.packing import collate_blocks
 
     model = checkpoint.load()
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and blocks.context > limit:
-        raise RecipeError(
-            f"context = {blocks.context}, but {checkpoint.name} was made for {limit} tokens",
-            hint=f"set [finetune.train] context to {limit} or less",
-        )
+    check_context(model, blocks.context, checkpoint.name, "finetune")
     return _Task(
         model=model, new_weights=(), collate=collate_blocks, loss=causal_loss, counted=causal_counted,
         heldout_loss=_mean_loss, peft_type="CAUSAL_LM", evaluated=max(1, TOKENS_EVALUATED // blocks.context),
@@ -295,7 +306,7 @@ def _write(checkpoint: Checkpoint, model: Any, spec: FinetuneSpec, out: Path, re
     """The model as an ordinary directory, its adapter and the record of the training beside."""
     model = model.cpu()
     if spec.method != "full":
-        with silent_transformers():
+        with writing(out), silent_transformers():
             model.save_pretrained(out / ADAPTER, safe_serialization=True, save_embedding_layers=False)
         model = model.merge_and_unload(safe_merge=True)
     saving.save_model(model, None, out, parent=checkpoint, stage="finetune", spec=spec)

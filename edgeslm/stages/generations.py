@@ -82,6 +82,8 @@ def continue_texts(
             )
     finally:
         model.train(training)
+        # Until pytorch/pytorch#165068 the casts kept here would let no gradient through in the steps that follow.
+        torch.clear_autocast_cache()
     return [
         _until_end(row[given:].tolist(), end)[: longest - len(prompt)]
         for row, prompt in zip(written, prompts, strict=True)

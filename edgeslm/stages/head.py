@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.atomic import atomic_write
+from edgeslm.atomic import atomic_write, writing
 from edgeslm.errors import DataError
 from edgeslm.progress import Progress, Quiet
 from edgeslm.stages import saving
@@ -27,7 +27,8 @@ from edgeslm.stages.classifier import (
     load_encoder,
     pad_token,
 )
-from edgeslm.stages.train import SCHEMA, is_main, processes, wait_for_all
+from edgeslm.stages.team import is_main, processes, wait_for_all
+from edgeslm.stages.train import SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -101,9 +102,11 @@ def _fit(
     saving.save_model(
         encoder, None, out, parent=checkpoint, stage="finetune", spec=spec, notes={"kind": POOLED}
     )
-    save_file(
-        {"weight": classifier.head.weight.detach(), "bias": classifier.head.bias.detach()}, out / HEAD_FILE
-    )
+    with writing(out):
+        save_file(
+            {"weight": classifier.head.weight.detach(), "bias": classifier.head.bias.detach()},
+            out / HEAD_FILE,
+        )
     record = {
         "schema": SCHEMA,
         "steps": facts["iterations"],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.atomic import replacing
+from edgeslm.atomic import replacing, writing
 from edgeslm.errors import EdgeslmError
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ class Keeper:
             "optimizer": optimizer.state_dict(),
         }
         try:
-            with replacing(self.checkpoint) as beside:
+            with writing(self.checkpoint), replacing(self.checkpoint) as beside:
                 torch.save(kept, beside)
-        except (EdgeslmError, RuntimeError) as error:  # torch says RuntimeError for a full disk
+        except EdgeslmError as error:
             progress.note(f"warning: no checkpoint of step {state.step}: {error}")
 
     def load(self, model: Any, optimizer: Any, progress: Progress) -> State | None:
@@ -84,7 +84,7 @@ class Keeper:
     def save_best(self, model: Any) -> None:
         import torch
 
-        with replacing(self.best) as beside:
+        with writing(self.best), replacing(self.best) as beside:
             torch.save(changing(model), beside)
 
     def restore_best(self, model: Any) -> None:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.atomic import assembling, way_out
+from edgeslm.atomic import assembling, writing
 from edgeslm.errors import DataError, EdgeslmError, ModelError
 from edgeslm.progress import Progress, Quiet
 from edgeslm.stages.arrays import ArrayReader, ArrayWriter
 from edgeslm.stages.calibrate import begin_token
+from edgeslm.stages.chats import Chat, Messages, Render, renderer
 from edgeslm.stages.data import render as render_document
 from edgeslm.stages.data import without_system
 
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
     from edgeslm.stages.data import Document
 
-    Messages = Sequence[Mapping[str, str]]
-    Chat = Callable[[str, Messages, str, str, bool], str]
-    Render = Callable[[Messages, bool], str]
     Span = tuple[int, int]
     Array = NDArray[Any]
 
@@ -107,40 +105,43 @@ def pack(
     *,
     completion_only: bool = False,
     chat: Chat | None = None,
+    text_bytes: int = 0,
     progress: Progress | None = None,
 ) -> TokenBlocks:
     """Tokenize documents into blocks in the new directory `out`.
 
     tokenizer: a fast one of transformers.  completion_only: count the loss on completions and on the
     assistant's turns alone, with the mark that ends them; plain texts count whole.  chat: renders
-    (template, messages, BOS, EOS, add_generation_prompt) as text; None: transformers' own way.
+    (template, messages, BOS, EOS, add_generation_prompt) as text; None: transformers' own way.  text_bytes: of
+    all documents, roughly, for the progress; 0: not known.
     The last block is filled with EOS that are not counted.  Raises DataError when nothing is counted.
     """
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no tokenizer.json, or no EOS token to put between documents")
-    render = _renderer(tokenizer, chat)
+    render = renderer(tokenizer, chat)
     pieces = (
         piece
         for document in documents
         for piece in _pieces(document, render, tokenizer.eos_token, completion_only=completion_only)
     )
-    try:
-        with assembling(out) as beside:
-            with _Blocks(beside, context, tokenizer.eos_token_id) as blocks:
-                for ids, counted, ends in _tokenized(pieces, tokenizer):
-                    blocks.add(ids, counted, ends=ends)
-                blocks.finish()
-            facts = {
-                "blocks": blocks.written,
-                "context": context,
-                "counted_tokens": blocks.counted,
-                "documents": blocks.documents,
-            }
-            (beside / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-    except OSError as error:
-        raise EdgeslmError(f"can't write {out}: {error.strerror or error}", hint=way_out(error)) from error
+    progress = progress or Quiet()
+    with writing(out), assembling(out) as beside:
+        with (
+            _Blocks(beside, context, tokenizer.eos_token_id) as blocks,
+            progress.task("tokenizing", text_bytes, "bytes") as advance,
+        ):
+            for ids, counted, ends in _tokenized(pieces, tokenizer, advance):
+                blocks.add(ids, counted, ends=ends)
+            blocks.finish()
+        facts = {
+            "blocks": blocks.written,
+            "context": context,
+            "counted_tokens": blocks.counted,
+            "documents": blocks.documents,
+        }
+        (beside / FACTS).write_text(json.dumps(facts), encoding="utf-8")
     packed = TokenBlocks(path=out, **facts)
-    (progress or Quiet()).note(
+    progress.note(
         f"packed {packed.documents} documents into {packed.blocks} blocks of {context} tokens, "
         f"{packed.counted_tokens} of them counted"
     )
@@ -232,35 +233,16 @@ def assistant_spans(messages: Messages, render: Render, *, given: int = 0) -> tu
     return text, spans
 
 
-def _renderer(tokenizer: Any, chat: Chat | None) -> Render:
-    def render(messages: Messages, add_generation_prompt: bool) -> str:
-        template = tokenizer.chat_template
-        template = template.get("default") if isinstance(template, dict) else template
-        if not template:
-            raise DataError(
-                "the text has conversations and the model has no chat template",
-                hint="use plain text, or put the template into tokenizer_config.json",
-            )
-        if chat is not None:
-            bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-            return chat(template, messages, bos, eos, add_generation_prompt)
-        try:
-            return str(
-                tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
-        except Exception as error:  # whatever a template raises, it is the template's fault
-            raise ModelError(f"the model's chat template refuses a conversation: {error}") from error
-
-    return render
-
-
 # --- pieces as tokens, tokens as blocks ---
 
 
-def _tokenized(pieces: Iterable[_Piece], tokenizer: Any) -> Iterator[tuple[Array, Array, bool]]:
-    """(ids [n], whether they count [n], whether a document ends) of each piece that has tokens."""
+def _tokenized(
+    pieces: Iterable[_Piece], tokenizer: Any, advance: Callable[[float], None]
+) -> Iterator[tuple[Array, Array, bool]]:
+    """(ids [n], whether they count [n], whether a document ends) of each piece that has tokens.
+
+    advance: is told the bytes of what was tokenized.
+    """
     bos, eos = begin_token(tokenizer), tokenizer.eos_token_id
     for batch in _batches(pieces):
         encoded = tokenizer(
@@ -282,6 +264,7 @@ def _tokenized(pieces: Iterable[_Piece], tokenizer: Any) -> Iterator[tuple[Array
                 np.concatenate([np.zeros(len(head), bool), counted, np.full(len(tail), counted.any())]),
                 piece.ends or piece.chat,
             )
+        advance(sum(len(piece.text.encode("utf-8", errors="replace")) for piece in batch))
 
 
 def _within(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:

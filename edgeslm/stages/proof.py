@@ -9,14 +9,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.atomic import way_out
-from edgeslm.errors import EdgeslmError, ModelError
+from edgeslm.atomic import writing
+from edgeslm.errors import ModelError
+from edgeslm.gguf_file import read_gguf
 from edgeslm.progress import Progress, Quiet
 from edgeslm.specs import QuantizeSpec
 from edgeslm.stages import export_gguf
@@ -26,6 +28,8 @@ from edgeslm.stages.rope import Config, head_dim
 from edgeslm.stages.saving import save_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from edgeslm.stages.checkpoint import Checkpoint
@@ -62,31 +66,41 @@ def prove_export(
     Without llama-cpp-python only the conversion is proven, which is noted.
     """
     progress = progress or Quiet()
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix="edgeslm-") as folder,
-            progress.task("proving the conversion on a tiny copy", 3, "steps") as advance,
-        ):
-            directory, file = Path(folder, "tiny"), Path(folder, "tiny.gguf")
-            directory.mkdir()
-            model = tiny_model(config, seed)
-            with silent_transformers():
-                model.save_pretrained(directory, safe_serialization=True)
-            save_tokenizer(tokenizer, directory, parent=checkpoint)
-            advance(1)
-            tiny = model_directory(directory, checkpoint.source)
-            export_gguf.run(tiny, QuantizeSpec(scheme="F32"), file)
-            advance(1)
-            if find_spec("llama_cpp") is None:
-                progress.note("llama-cpp-python is not installed: the tiny copy was converted, but not run")
-                return
-            _compare(model, file, seed)
-            advance(1)
-    except OSError as error:
-        raise EdgeslmError(
-            f"can't write a tiny copy to {tempfile.gettempdir()}: {error.strerror or error}",
-            hint=way_out(error),
-        ) from error
+    with (
+        progress.task("proving the conversion on a tiny copy", 2, "steps") as advance,
+        _tiny_file(config, checkpoint, tokenizer, seed) as (model, file),
+    ):
+        advance(1)
+        if find_spec("llama_cpp") is None:
+            progress.note("llama-cpp-python is not installed: the tiny copy was converted, but not run")
+            return
+        _compare(model, file, seed)
+        advance(1)
+
+
+def metadata_bytes(config: Config, checkpoint: Checkpoint, tokenizer: Any | None = None) -> int:
+    """Bytes in front of the tensors of a GGUF file of this configuration: tokenizer, names, settings."""
+    with _tiny_file(config, checkpoint, tokenizer, 0) as (_model, file):
+        return min(info.offset for info in read_gguf(file).tensors.values())
+
+
+@contextmanager
+def _tiny_file(
+    config: Config, checkpoint: Checkpoint, tokenizer: Any | None, seed: int
+) -> Iterator[tuple[Any, Path]]:
+    """(a tiny random model, its GGUF file), for the time of the block."""
+    with (
+        writing(Path(tempfile.gettempdir())),
+        tempfile.TemporaryDirectory(prefix="edgeslm-") as folder,
+    ):
+        directory, file = Path(folder, "tiny"), Path(folder, "tiny.gguf")
+        directory.mkdir()
+        model = tiny_model(config, seed)
+        with silent_transformers():
+            model.save_pretrained(directory, safe_serialization=True)
+        save_tokenizer(tokenizer, directory, parent=checkpoint)
+        export_gguf.run(model_directory(directory, checkpoint.source), QuantizeSpec(scheme="F32"), file)
+        yield model, file
 
 
 def build_model(config: Config) -> Any:

@@ -17,11 +17,13 @@ import numpy as np
 from edgeslm.atomic import atomic_write, replacing
 from edgeslm.errors import RecipeError
 from edgeslm.progress import Progress, Quiet
+from edgeslm.specs import QuantizeSpec
 from edgeslm.stages import influence, target, vocabulary
 from edgeslm.stages.architectures import architecture_of
 from edgeslm.stages.calibrate import begin_token, choose_windows, token_stream
-from edgeslm.stages.proof import build_model, prove_export
+from edgeslm.stages.proof import build_model, metadata_bytes, prove_export, tiny_config
 from edgeslm.stages.saving import save_model
+from edgeslm.stages.sizes import artifact_bytes
 from edgeslm.stages.widths import (
     Cut,
     Shape,
@@ -35,18 +37,20 @@ from edgeslm.stages.widths import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from edgeslm.specs import PruneSpec
+    from edgeslm.stages.chats import Chat
     from edgeslm.stages.checkpoint import Checkpoint
     from edgeslm.stages.data import Document
     from edgeslm.stages.rope import Config
-    from edgeslm.stages.vocabulary import Chat
 
 SCHEMA = "edgeslm.prune/1"
+PLAIN = QuantizeSpec(scheme="F16")
+"""What becomes of a pruned model when nobody says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,8 @@ def run(
     chat: Chat,
     context: int = 512,
     tokens: int = 16384,
+    artifacts: Sequence[QuantizeSpec] = (PLAIN,),
+    tokens_before: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Checkpoint:
@@ -76,7 +82,9 @@ def run(
 
     documents: the domain's text, read anew at each call.  chat: renders messages, given template, messages,
     BOS, EOS and whether an answer is asked for.  context, tokens: of a window of text, and of all of them,
-    that importance is measured on.  seed: of the tiny copy's weights.
+    that importance is measured on.  artifacts: what will be made of it: spec.target_bytes holds for the
+    largest.  tokens_before: of the model that an earlier pruning took tokens from: spec.target below 1 is of
+    that one.  seed: of the tiny copy's weights.
     Raises RecipeError for settings that do not fit the model, ModelError for an architecture that is not
     supported and for a shape that llama.cpp can't hold, DataError for too little text.
     """
@@ -87,37 +95,42 @@ def run(
     shape = wanted_shape(spec, config, notes)
     windows = _windows(documents(), tokenizer, chat, context, tokens)
     whole = _Whole(model=model, config=config, state=text_state(model), windows=windows)
-    tokens_left = None
+    left = vocabulary.Choice(None, None, None)
     if spec.vocabulary:
-        configs = (config, _generation(model))
-        tokens_left = vocabulary.choose(
-            tokenizer, model, windows, configs=configs, documents=documents, chat=chat, progress=progress
-        )
-    kept = None if tokens_left is None else tokens_left.kept
-    if shape == shape_of(config) and spec.target is None:
-        cut, scores = Cut(layers=tuple(range(shape.layers)), tokens=kept), None
-    else:
-        cut, shape, scores, chosen = _choose(whole, spec, shape, kept, progress)
-        notes += chosen
+        left = vocabulary.choose(
+            tokenizer, model, windows, configs=(config, _generation(model)), documents=documents, chat=chat,
+            progress=progress,
+        )  # fmt: skip
+    goal = None
+    if target.asked(spec):
+        goal = _goal(
+            spec, tuple(whole.state), config, checkpoint=checkpoint, artifacts=artifacts,
+            tokens_before=tokens_before, tokenizer=left.tokenizer,
+        )  # fmt: skip
+    cut, shape, scores = _choose(whole, spec, shape, notes, tokens=left.kept, goal=goal, progress=progress)
     new_config = _new_config(config, cut, shape)
-    pruned_tokenizer = None if tokens_left is None else tokens_left.tokenizer
-    prove_export(new_config, checkpoint, pruned_tokenizer, seed=seed, progress=progress)
+    prove_export(new_config, checkpoint, left.tokenizer, seed=seed, progress=progress)
     for note in notes:
         progress.note(note)
     pruned = _build(whole, new_config, cut)
-    result = save_model(pruned, pruned_tokenizer, out, parent=checkpoint, stage="prune", spec=spec)
-    if kept is not None:
-        with replacing(out / vocabulary.KEPT_FILE) as beside, beside.open("wb") as file:
-            np.save(file, kept)
+    result = save_model(pruned, left.tokenizer, out, parent=checkpoint, stage="prune", spec=spec)
     record = {
         **_record(whole, cut, new_config),
         "layers_by": spec.layers_by,
         "influence": None if scores is None else [round(float(score), 6) for score in scores],
-        "used_tokens": None if tokens_left is None else tokens_left.used,
+        "used_tokens": left.used,
         "notes": notes,
     }
-    atomic_write(out / "prune.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    _write_record(record, left.kept, out)
     return result
+
+
+def _write_record(record: dict[str, Any], kept: NDArray[np.int64] | None, out: Path) -> None:
+    """prune.json, and which tokens were kept."""
+    if kept is not None:
+        with replacing(out / vocabulary.KEPT_FILE) as beside, beside.open("wb") as file:
+            np.save(file, kept)
+    atomic_write(out / "prune.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def _record(whole: _Whole, cut: Cut, config: Config) -> dict[str, Any]:
@@ -133,7 +146,12 @@ def _record(whole: _Whole, cut: Cut, config: Config) -> dict[str, Any]:
 
 
 def prove(
-    checkpoint: Checkpoint, spec: PruneSpec, *, seed: int = 0, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    spec: PruneSpec,
+    *,
+    artifacts: Sequence[QuantizeSpec] = (PLAIN,),
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> None:
     """Raise what `run` would for these settings, before anything is trained or measured.
 
@@ -141,12 +159,48 @@ def prove(
     """
     config = read_config(checkpoint)
     shape = wanted_shape(spec, config, [])
+    if target.asked(spec):
+        names = tuple(text_state(build_model(tiny_config(config))))
+        goal = _goal(spec, names, config, checkpoint=checkpoint, artifacts=artifacts)
+        if not spec.vocabulary:  # what it leaves is not known yet
+            target.candidates(_unmeasured(config, goal), spec, shape)
     layers = layers_kept(
         [0.0] * config["num_hidden_layers"],
         config["num_hidden_layers"] - shape.layers,
         required_kinds(config),
     )
     prove_export(cut_config(config, layers, shape), checkpoint, seed=seed, progress=progress)
+
+
+def _goal(
+    spec: PruneSpec,
+    names: tuple[str, ...],
+    config: Config,
+    *,
+    checkpoint: Checkpoint,
+    artifacts: Sequence[QuantizeSpec],
+    tokens_before: int | None = None,
+    tokenizer: Any | None = None,
+) -> target.Goal:
+    """The target as a number of parameters or bytes.  tokenizer: of the pruned model; None: the checkpoint's."""
+    metadata = 0
+    if spec.target_bytes is not None and any(one.format == "gguf" for one in artifacts):
+        rows = config if tokenizer is None else config | {"vocab_size": len(tokenizer)}
+        metadata = metadata_bytes(rows, checkpoint, tokenizer)
+
+    def file_bytes(one: Config) -> int:
+        return max(artifact_bytes(names, one, artifact, metadata) for artifact in artifacts)
+
+    return target.goal(spec, names, config, file_bytes=file_bytes, tokens_before=tokens_before)
+
+
+def _unmeasured(config: Config, goal: target.Goal) -> target.Subject:
+    """A model of which only the shape is known."""
+    layers, mlp = config["num_hidden_layers"], config["intermediate_size"]
+    return target.Subject(
+        model=None, config=config, goal=goal, windows=np.zeros((0, 0), np.int64), scores=np.zeros(layers),
+        mlp=np.zeros((layers, mlp)), tokens=config["vocab_size"],
+    )  # fmt: skip
 
 
 # --- the model as a configuration and tensors ---
@@ -241,11 +295,11 @@ def wanted_shape(spec: PruneSpec, config: Config, notes: list[str]) -> Shape:
     Raises RecipeError for what does not fit the model, ModelError for what does not fit its family.
     """
     now = shape_of(config)
-    wishes = (spec.drop_layers, spec.mlp_width, spec.kv_heads, spec.hidden_size, spec.target)
-    if not spec.vocabulary and all(wish is None for wish in wishes):
+    wishes = (spec.drop_layers, spec.mlp_width, spec.kv_heads, spec.hidden_size)
+    if not spec.vocabulary and not target.asked(spec) and all(wish is None for wish in wishes):
         raise RecipeError(
             "[prune] asks for nothing",
-            hint="set drop_layers, mlp_width, kv_heads, hidden_size, vocabulary or target",
+            hint="set drop_layers, mlp_width, kv_heads, hidden_size, vocabulary, target or target_bytes",
         )
     drop = spec.drop_layers or 0
     if drop >= now.layers:
@@ -265,22 +319,35 @@ def wanted_shape(spec: PruneSpec, config: Config, notes: list[str]) -> Shape:
 
 
 def _choose(
-    whole: _Whole, spec: PruneSpec, shape: Shape, tokens: NDArray[np.int64] | None, progress: Progress
-) -> tuple[Cut, Shape, NDArray[np.float64], list[str]]:
-    """(what remains, its shape, each layer's score, notes), by importance on the text."""
+    whole: _Whole,
+    spec: PruneSpec,
+    shape: Shape,
+    notes: list[str],
+    *,
+    tokens: NDArray[np.int64] | None,
+    goal: target.Goal | None,
+    progress: Progress,
+) -> tuple[Cut, Shape, NDArray[np.float64] | None]:
+    """(what remains, its shape, each layer's score), by importance on the text where more than tokens go."""
+    if goal is None and shape == shape_of(whole.config):
+        return Cut(layers=tuple(range(shape.layers)), tokens=tokens), shape, None
     importance = influence.measure_importance(whole.model, whole.windows, progress)
-    few, scores, notes = target.few(whole.windows), importance.layers, []
+    few, scores = target.few(whole.windows), importance.layers
     if spec.layers_by == "perplexity":
         scores = influence.layer_losses(whole.model, few, progress)
-    if spec.target is not None:
+    if goal is not None:
         subject = target.Subject(
-            model=whole.model, config=whole.config, names=tuple(whole.state), windows=few, scores=scores,
+            model=whole.model, config=whole.config, goal=goal, windows=few, scores=scores,
             mlp=importance.mlp, tokens=whole.config["vocab_size"] if tokens is None else len(tokens),
         )  # fmt: skip
         shape, note = target.fit(subject, spec, shape, progress)
         notes.append(note)
-    now = shape_of(whole.config)
-    layers = layers_kept(scores, now.layers - shape.layers, required_kinds(whole.config))
+    now, kinds = shape_of(whole.config), required_kinds(whole.config)
+    drop = now.layers - shape.layers
+    layers = layers_kept(scores, drop, kinds)
+    if spec.layers_by == "perplexity" and goal is None and kinds is None:
+        gone = influence.dropped_in_turn(whole.model, few[::2], scores, drop, progress)
+        layers = tuple(layer for layer in range(now.layers) if layer not in gone)
     cut = Cut(
         layers=layers,
         mlp=influence.narrowed(importance.mlp, shape.mlp, layers),
@@ -288,4 +355,4 @@ def _choose(
         hidden=None if shape.hidden == now.hidden else influence.largest(importance.hidden, shape.hidden),
         tokens=tokens,
     )
-    return cut, shape, scores, notes
+    return cut, shape, scores

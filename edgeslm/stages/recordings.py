@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from edgeslm.errors import DataError, EdgeslmError
 from edgeslm.progress import Progress, Quiet
+from edgeslm.readings import label_text, number, seconds
 from edgeslm.stages.tables import Row, Tally, read, rows
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from edgeslm.specs import ColumnsSpec
 
-MISSING = frozenset(("", "na", "n/a", "nan", "none", "null", "-", "?"))
-"""Texts that stand for a missing reading."""
 PEEK_ROWS = 200
 """Rows that show which columns are numeric, where the recipe names no channels."""
 CHUNK_ROWS = 4096
@@ -111,42 +109,6 @@ def check_columns(first: Sequence[Row], columns: ColumnsSpec) -> None:
                 f"{first[0].where}: no column {wanted!r}",
                 hint=f"its columns are {', '.join(sorted(names)[:20])}",
             )
-
-
-def number(value: Any) -> float:
-    """A reading; NaN for a missing or infinite one.  Raises ValueError for text and for other things."""
-    if value is None or (isinstance(value, str) and value.strip().lower() in MISSING):
-        return math.nan
-    if not isinstance(value, str | int | float):
-        raise ValueError(f"holds {type(value).__name__}, not a number")
-    try:
-        result = float(value)
-    except (ValueError, OverflowError):
-        raise ValueError(f"holds {str(value)[:40]!r}, not a number") from None
-    return result if abs(result) <= float(np.finfo(np.float32).max) else math.nan
-
-
-def seconds(value: Any) -> float:
-    """A time in seconds; dates count from 1970 (UTC where they name no zone).  Raises ValueError."""
-    if isinstance(value, str) and ":" in value:
-        value = datetime.fromisoformat(value.strip())
-    if isinstance(value, date) and not isinstance(value, datetime):
-        value = datetime(value.year, value.month, value.day)
-    if isinstance(value, datetime):
-        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
-    result = number(value)
-    if math.isnan(result):
-        raise ValueError("has no time")
-    return result
-
-
-def label_text(value: Any) -> str:
-    """A class's or unit's name, "" without one; 1.0 and 1 are the same."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip()
 
 
 def sorted_labels(found: Iterable[str]) -> tuple[str, ...]:

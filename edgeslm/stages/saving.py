@@ -14,8 +14,8 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from edgeslm.atomic import atomic_write
-from edgeslm.errors import EdgeslmError, ModelError
+from edgeslm.atomic import atomic_write, writing
+from edgeslm.errors import ModelError
 from edgeslm.gguf_file import read_gguf
 from edgeslm.stages.checkpoint import (
     TOKENIZER_FILES,
@@ -56,7 +56,7 @@ def save_model(
         built = tokenizer if tokenizer is not None else parent.tokenizer()
         _take_over_settings(model, built, parent)
     _settle_generation(model)
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         with silent_transformers():
             model.save_pretrained(out, safe_serialization=True)
@@ -64,8 +64,6 @@ def save_model(
         for file in parent.licence_files() if licence_files is None else licence_files:
             shutil.copyfile(file, out / file.name)
         write_ancestry(out, parent=parent, stage=stage, spec=spec, notes=notes)
-    except OSError as error:
-        raise EdgeslmError(f"can't write {out}: {error.strerror or error}") from error
     return model_directory(out, parent.source)
 
 

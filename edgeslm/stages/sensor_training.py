@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.atomic import assembling, atomic_write, way_out
-from edgeslm.errors import EdgeslmError, RecipeError
+from edgeslm.atomic import assembling, atomic_write, writing
+from edgeslm.errors import RecipeError
 from edgeslm.stages.checkpoint import Checkpoint, model_directory
 from edgeslm.stages.saving import ANCESTRY_FILE, ANCESTRY_SCHEMA
 
@@ -52,7 +52,7 @@ def run(
     model to start from, DataError without windows, EdgeslmError when `out` can't be written.
     """
     from edgeslm.stages import sensor_net
-    from edgeslm.stages.train import is_main, wait_for_all
+    from edgeslm.stages.team import is_main, wait_for_all
     from edgeslm.stages.train import train as train_network
 
     if spec.method != "full":
@@ -106,13 +106,10 @@ def write(net: Any, out: Path, *, stage: str, spec: FinetuneSpec, training: dict
         "spec": asdict(spec),
         "before": None,
     }
-    try:
-        with assembling(out) as beside:
-            sensor_net.save(net, beside)
-            for name, value in (("training.json", training), (ANCESTRY_FILE, ancestry)):
-                atomic_write(beside / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise EdgeslmError(f"can't write {out}: {error.strerror or error}", hint=way_out(error)) from error
+    with writing(out), assembling(out) as beside:
+        sensor_net.save(net, beside)
+        for name, value in (("training.json", training), (ANCESTRY_FILE, ancestry)):
+            atomic_write(beside / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def config_of(spec: FinetuneSpec, train: SensorWindows) -> Any:

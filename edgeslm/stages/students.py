@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from edgeslm.atomic import atomic_write
 from edgeslm.errors import ModelError
 from edgeslm.stages.checkpoint import read_json
+from edgeslm.stages.widths import PER_LAYER, layers_kept
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
     from edgeslm.specs import StudentSpec
 
+    Kinds = tuple[Sequence[int], int]
+
 MODEL_TYPE = "edgeslm-recurrent"
 NETWORKS = {"gru": nn.GRU, "lstm": nn.LSTM}
-PER_LAYER = ("layer_types", "no_rope_layers")
-"""Fields of config.json that hold one value a layer."""
 DROPOUT = 0.3
 """Of token vectors and of the pooled features: a small domain data set is soon known by heart."""
 
@@ -183,12 +184,18 @@ def spread(layers: int, kept: int) -> list[int]:
     return [round(index * (layers - 1) / (kept - 1)) for index in range(kept)]
 
 
-def smaller(model: Any, layers: int) -> tuple[Any, list[int]]:
+def smaller(model: Any, layers: int, kinds: Kinds | None = None) -> tuple[Any, list[int]]:
     """A model of the same family with evenly spread layers of `model` (Sanh et al. 2019, arXiv:1910.01108).
 
-    Returns it and the layers it has.  Everything but the layers is as it is in `model`, copied.
+    Returns it and the layers it has.  Everything but the layers is as it is in `model`, copied.  kinds: of
+    edgeslm.stages.widths.required_kinds; the layers are then those nearest to the even ones that keep the
+    pattern.  Raises RecipeError where none do.
     """
-    kept = spread(model.config.get_text_config().num_hidden_layers, layers)
+    count = model.config.get_text_config().num_hidden_layers
+    kept = spread(count, layers)
+    if kinds is not None:
+        nearness = [-float(min(abs(layer - even) for even in kept)) for layer in range(count)]
+        kept = list(layers_kept(nearness, count - layers, kinds))
     return take_layers(model, kept), kept
 
 

@@ -14,21 +14,63 @@ class Team:
 
     def share(self, value: Any) -> Any:
         """The main process's value, in every process."""
-        from edgeslm.stages.train import from_main
-
         return from_main(value)
 
     def wait(self) -> None:
         """Return when all processes have come here."""
-        from edgeslm.stages.train import wait_for_all
-
         wait_for_all()
 
+    def leave(self) -> None:
+        """Wait for all, then close: a process that ends with connections open may take the others with it."""
+        close()
 
-def join(processes: int) -> Team | None:
+
+def join(count: int) -> Team | None:
     """The team of so many processes that a launcher started; None for one (torch is not loaded then)."""
-    if processes < 2:
-        return None
-    from edgeslm.stages.train import is_main
+    return Team(is_main=is_main()) if count > 1 else None
 
-    return Team(is_main=is_main())
+
+def processes() -> Any:
+    """The processes of `accelerate launch` or torchrun as accelerate's PartialState; a single one without them.
+
+    They join on the first call; those that wait for the main one's other work may wait for a day.
+    """
+    from datetime import timedelta
+
+    from accelerate import PartialState
+
+    return PartialState(cpu=only_processor(), timeout=timedelta(days=1))
+
+
+def only_processor() -> bool:
+    """Whether there is no accelerator: several processes then talk by gloo, which accelerate must be told."""
+    import torch
+
+    return not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available())
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes: always, unless several were launched."""
+    return bool(processes().is_main_process)
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    processes().wait_for_everyone()
+
+
+def close() -> None:
+    """Wait for all, then end the group that they form."""
+    wait_for_all()
+    processes().destroy_process_group()
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, in all processes; they must call this together."""
+    from accelerate.utils import broadcast_object_list
+
+    if processes().num_processes == 1:
+        return value
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]

@@ -35,6 +35,7 @@ from edgeslm.stages.schedule import (
     suited_precision,
     tokens_in,
 )
+from edgeslm.stages.team import from_main, only_processor, processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +85,7 @@ def train(
     if len(dataset) == 0:
         raise DataError("there is nothing to train on", hint="the training sources hold no examples")
     processes()
-    accelerator = Accelerator(mixed_precision="no", cpu=_only_processor())
+    accelerator = Accelerator(mixed_precision="no", cpu=only_processor())
     _check_processes(accelerator, spec)
     precision = precision or suited_precision(accelerator.device, model)
     facts = json.dumps([asdict(spec), seed, len(dataset), evaluations, precision, evaluate is None])
@@ -108,49 +109,6 @@ def train(
         run.restore_best()
     model.eval()
     return run.record()
-
-
-# --- processes ---
-
-
-def processes() -> Any:
-    """The processes of `accelerate launch` or torchrun as accelerate's PartialState; a single one without them.
-
-    They join on the first call; those that wait for the main one's other work may wait for a day.
-    """
-    from datetime import timedelta
-
-    from accelerate import PartialState
-
-    return PartialState(cpu=_only_processor(), timeout=timedelta(days=1))
-
-
-def _only_processor() -> bool:
-    """Whether there is no accelerator: several processes then talk by gloo, which accelerate must be told."""
-    import torch
-
-    return not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available())
-
-
-def is_main() -> bool:
-    """Whether this process is the one that writes: always, unless several were launched."""
-    return bool(processes().is_main_process)
-
-
-def wait_for_all() -> None:
-    """Return when every process has come here."""
-    processes().wait_for_everyone()
-
-
-def from_main(value: Any) -> Any:
-    """The main process's value, in all processes; they must call this together."""
-    from accelerate.utils import broadcast_object_list
-
-    if processes().num_processes == 1:
-        return value
-    values = [value]
-    broadcast_object_list(values)
-    return values[0]
 
 
 def _check_processes(accelerator: Any, spec: TrainSpec) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from edgeslm.errors import DataError, EdgeslmError, ModelError
 from edgeslm.progress import Progress, Quiet
+from edgeslm.stages.chats import Chat, renderer
 from edgeslm.stages.checkpoint import first_line, silent_transformers
 from edgeslm.stages.data import render
 from edgeslm.stages.subwords import PLACEHOLDER, Subwords, special_ids
@@ -30,14 +31,15 @@ if TYPE_CHECKING:
 
     from edgeslm.stages.data import Document
 
-    Chat = Callable[[str, Sequence[Mapping[str, str]], str, str, bool], str]
 
 KEPT_FILE = "kept_tokens.npy"
 """[V'] int64 in a pruned model's directory: the id that each of its tokens had before."""
 MULTIPLE = 64
 """Rows of an embedding are rounded up to it, with more tokens: kernels take several rows at a time."""
-UNEXPECTED_SHARE = 0.004
-"""Probability that all dropped tokens may have together, in the model's eyes, at a place in the domain's text."""
+UNEXPECTED_SHARE = 0.0035
+"""Probability that all dropped tokens may have together at a place in the domain's text."""
+FEWEST_DOCUMENTS = 8
+"""Below, documents say little of what another one would hold."""
 CHECKED_CHARACTERS = 1_000_000
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
 _ID_KEY = re.compile(r".*_token_ids?|(?:begin_)?suppress_tokens|(?:bad|force)_words_ids")
@@ -45,11 +47,21 @@ _STALE_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
 
 
 class Choice(NamedTuple):
-    """[V'] ids that stay, the tokenizer that has only them, and how many tokens the text uses."""
+    """[V'] ids that stay, the tokenizer that has only them, and how many tokens the text uses; None: all stay."""
 
-    kept: NDArray[np.int64]
-    tokenizer: Any
-    used: int
+    kept: NDArray[np.int64] | None
+    tokenizer: Any | None
+    used: int | None
+
+
+class Used(NamedTuple):
+    """[V] how often each token occurs, and the share of a document's tokens that no other document has.
+
+    novelty: None for too few documents.
+    """
+
+    counts: NDArray[np.int64]
+    novelty: float | None
 
 
 def choose(
@@ -66,63 +78,72 @@ def choose(
 
     windows: [W, C] token ids of the text.  configs: config.json and generation_config.json.
     """
-    counts = used_tokens(documents(), tokenizer, model.get_input_embeddings().weight.shape[0], chat, progress)
-    kept = kept_ids(tokenizer, counts, expected_tokens(model, windows, progress), configs)
+    used = used_tokens(documents(), tokenizer, model.get_input_embeddings().weight.shape[0], chat, progress)
+    expected = not_by_heart(expected_tokens(model, windows, progress), used)
+    kept = kept_ids(tokenizer, used.counts, expected, configs)
     pruned = rebuilt(tokenizer, kept)
     check_same_tokens(tokenizer, pruned, documents(), chat)
-    return Choice(kept, pruned, int((counts > 0).sum()))
+    return Choice(kept, pruned, int((used.counts > 0).sum()))
 
 
 def texts_of(documents: Iterable[Document], tokenizer: Any, chat: Chat) -> Iterator[tuple[str, bool]]:
     """(text, whether it is plain) of the documents; conversations go through the model's template."""
+    as_text = renderer(tokenizer, chat)
     for document in documents:
-        yield render(document, lambda turns: render_turns(turns, tokenizer, chat)), document.messages is None
-
-
-def render_turns(turns: Sequence[Mapping[str, str]], tokenizer: Any, chat: Chat, asks: bool = False) -> str:
-    """A conversation as the model's template has it; asks: with the beginning of an answer."""
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise DataError(
-            "the text has conversations and the model has no chat template",
-            hint="use plain text, or put the template into tokenizer_config.json",
-        ) from error
-    return chat(template, turns, tokenizer.bos_token or "", tokenizer.eos_token or "", asks)
+        yield render(document, lambda turns: as_text(turns, False)), document.messages is None
 
 
 def used_tokens(
     documents: Iterable[Document], tokenizer: Any, size: int, chat: Chat, progress: Progress | None = None
-) -> NDArray[np.int64]:
-    """[V] how often each token occurs in the documents and in what the chat template itself says.
+) -> Used:
+    """The tokens of the documents and of what the chat template itself says.
 
     size: V, the model's, which may be more than the tokenizer has.  Raises DataError without text.
     """
-    counts = np.zeros(size, dtype=np.int64)
+    counts, several = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=bool)
 
     def add(text: str, plain: bool) -> None:
         ids = tokenizer.encode(text, add_special_tokens=plain, split_special_tokens=plain, verbose=False)
-        np.add.at(counts, np.asarray(ids, dtype=np.int64), 1)
+        here, times = np.unique(np.asarray(ids, dtype=np.int64), return_counts=True)
+        several[here] |= counts[here] > 0
+        counts[here] += times
 
-    with (progress or Quiet()).task("counting tokens", 1, "pass") as advance:
+    found = 0
+    with (progress or Quiet()).task("counting tokens", 0, "documents") as advance:
         for text, plain in texts_of(documents, tokenizer, chat):
             add(text, plain)
-        advance(1)
+            found += 1
+            advance(1)
     if not counts.any():
         raise DataError("there is no text to count tokens in", hint="give [data] train or calibration")
+    novelty = float(counts[~several].sum() / counts.sum()) if found >= FEWEST_DOCUMENTS else None
     for text in _template_texts(tokenizer, chat):
         add(text, False)
-    return counts
+    return Used(counts, novelty)
+
+
+def not_by_heart(expected: NDArray[np.float64], used: Used) -> NDArray[np.float64]:
+    """[V] expected probabilities, with the unused tokens' raised to what the documents say of the next one.
+
+    A model that was trained on these very documents knows what they hold, and expects too little else.
+    Each document taken as the next one of all the others shows how many new tokens it would bring.
+    expected: [V] mean probabilities at the places of the documents.
+    """
+    unused = used.counts == 0
+    mass = float(expected[unused].sum())
+    if used.novelty is None or not 0 < mass < used.novelty:
+        return expected
+    return np.where(unused, expected * (used.novelty / mass), expected)
 
 
 def _template_texts(tokenizer: Any, chat: Chat) -> list[str]:
     """A conversation as the chat template renders it, with and without a system message where it takes one."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-    found = []
+    found, as_text = [], renderer(tokenizer, chat)
     for messages in ([{"role": "system", "content": "a"}, *turns], turns):
         for asks in (False, True):
             with suppress(EdgeslmError):  # no template, or one that refuses a role
-                found.append(render_turns(messages, tokenizer, chat, asks))
+                found.append(as_text(messages, asks))
     return found
 
 

@@ -13,8 +13,9 @@ import pytest
 
 from edgeslm.bench import interference, measure
 from edgeslm.bench.interference import Conditions
-from edgeslm.bench.measure import Plan, Timing, bench_artifact, decode_bytes, measure_decode, measure_prefill
+from edgeslm.bench.measure import Plan, Timing, bench_artifact, measure_decode, measure_prefill
 from edgeslm.bench.memory import MemoryWatch, ProcessMemory
+from edgeslm.bench.weights import decode_bytes
 from edgeslm.errors import BundleError, RecipeError
 from edgeslm.gguf_file import Field, GgufFile, TensorInfo
 from edgeslm.runtime.runner import ModelFacts, RunnerOptions
@@ -56,6 +57,7 @@ class ScriptedRunner:
     """
 
     load_s = 0.25
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self, machine: Machine, *, prefill_s: Sequence[float] = (1.0,), step_s: Sequence[float] = (0.01,),
@@ -236,11 +238,12 @@ def test_the_record_has_every_promised_key_and_is_json(record: dict[str, Any], t
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     assert set(record) == {
         "schema", "created_at", "artifact", "machine", "machine_after", "versions", "memory_bandwidth_bytes_per_s",
-        "load_s", "runs", "memory", "valid", "reasons",
+        "load_s", "runs", "sustained", "memory", "power", "valid", "reasons",
     }  # fmt: skip
     common = {
         "kind", "tokens", "threads", "batch", "ubatch", "context", "kv_type", "flash_attention", "mmap",
-        "repetitions", "samples_s", "tokens_per_s", "tokens_per_s_stdev", "valid", "reasons",
+        "provider", "repetitions", "samples_s", "tokens_per_s", "tokens_per_s_stdev", "valid", "reasons",
+        "started_unix_s", "ended_unix_s", "power", "thermal",
     }  # fmt: skip
     extra = {"prefill": {"ttft_s"}, "decode": {"tpot_s", "ceiling_tokens_per_s", "ceiling_fraction"}}
     for run in record["runs"]:

@@ -153,20 +153,6 @@ def test_stack_segments_fill_the_bar_in_proportion() -> None:
     assert texts(narrow, "on") == ["F32"]
 
 
-def test_scatter_keeps_order_on_both_axes() -> None:
-    points = [
-        plots.Point(label="small", x=80, y=0.08, low=0.07, high=0.09),
-        plots.Point(label="big", x=140, y=0.001, colour=2),
-    ]
-    svg = plots.scatter("s", "Size", points, x_unit="MiB", y_unit="nats")
-    small, big = marked(svg, "circle", "s1")[0], marked(svg, "circle", "s2")[0]
-    assert percent(small, "cx") < percent(big, "cx")
-    assert float(small.attrib["cy"]) < float(big.attrib["cy"])
-    (whisker,) = marked(svg, "line", "whisker")
-    assert float(whisker.attrib["y1"]) < float(small.attrib["cy"]) < float(whisker.attrib["y2"])
-    assert {"small", "big"} <= set(texts(svg, "label"))
-
-
 def test_long_labels_get_a_line_of_their_own() -> None:
     short = plots.bars("a", "A", [plots.Bar(label="short", text="1", value=1)], unit="x")
     label = "smollm2-135m-instruct-with-a-name-that-never-ends"
@@ -186,12 +172,10 @@ def test_any_numbers_make_one_well_formed_element(pairs: list[tuple[float, float
     dots = [plots.Interval(label=label, text=label, value=a, low=b, high=b) for a, b in pairs]
     lengths = [plots.Bar(label=label, text=label, value=a, high=b, low=b) for a, b in pairs]
     parts = [plots.Stack(label=label, text=label, segments=[(label, abs(a), 1)]) for a, _ in pairs]
-    points = [plots.Point(label=label, x=a, y=b) for a, b in pairs]
     made = [
         plots.intervals("i", label, dots, unit=label, logarithmic=True),
         plots.bars("b", label, lengths, unit=label),
         plots.stacks("s", label, parts),
-        plots.scatter("p", label, points, x_unit=label, y_unit=label),
     ]
     for plot in made:
         root = parse(plot)

@@ -91,6 +91,19 @@ def classifiers() -> dict[str, Any]:
     ])  # fmt: skip
 
 
+def variants() -> dict[str, Any]:
+    """The record of a build with variants: two that learned together, of which one is dominated."""
+    one, other = learned_records.language_build(), learned_records.language_build()
+    for number, build in enumerate((one, other)):
+        about = {"name": f"m-v{number}", "digest": f"{number:02x}" * 32, "file_bytes": (80 + number) << 20}
+        build["bundle"] = f"out/v{number}"
+        build["quality"] = records.quality(kl=0.08 + number / 10) | {"artifact": about}
+        build["bench"] = records.bench() | {"artifact": about}
+        build["name"] = f"v{number}"
+    return {"schema": "edgeslm.variants/1", "name": "m", "path": "out", "variants": [one, other], "gate": None,
+            "report": "out/report.html", "stages": []}  # fmt: skip
+
+
 DOCUMENTS = {
     "one": one,
     "several": several,
@@ -110,6 +123,7 @@ DOCUMENTS = {
         learned_records.build(quality=learned_records.deployed_quality(), data=learned_records.sensor_data())
     ]),
     "language": lambda: report_document([learned_records.language_build()]),
+    "variants": lambda: report_document([variants()]),
     "stages alone": lambda: report_document([
         learned_records.training(None), learned_records.prune(), learned_records.sensor_data(),
         learned_records.checkpoint(),
@@ -188,9 +202,7 @@ def test_invalid_speed_is_never_quoted_bare() -> None:
     assert records.NOISY in text
     assert "INVALID 41.2 tokens/s" in text
     assert not re.search(r"(?<!INVALID )41\.2 tokens/s", text)
-    assert "**smollm2-135m-q4_k_m: benchmark INVALID, do not quote its speed**" in report.render_markdown(
-        several()
-    )
+    assert "**q4_k_m: benchmark INVALID, do not quote its speed**" in report.render_markdown(several())
 
 
 def test_what_a_classifier_s_report_says_in_every_form() -> None:
@@ -215,6 +227,67 @@ def test_what_a_classifier_s_report_says_in_every_form() -> None:
         assert said in language, said
 
 
+def test_accuracy_levels_say_what_was_chosen_and_what_the_others_give() -> None:
+    levels = [
+        {"level": 0, "top1_agreement": 1.0, "kl_nats": 0.0, "decode_tokens_per_s": 40.0},
+        {"level": 4, "top1_agreement": 0.957, "kl_nats": 0.0031, "decode_tokens_per_s": 92.0},
+        {"level": None},
+    ]
+    quality = records.quality() | {"accuracy_level": {"chosen": 4, "levels": levels}}
+    markdown = report.render_markdown(report_document([quality]))
+    assert "| 0 | float32, by default | 100.0 % | 0.0000 | 40.0 tokens/s |" in markdown
+    assert "| 4 (chosen) | int8 | 95.7 % | 0.00310 | 92.0 tokens/s |" in markdown
+    assert "prefill" not in markdown
+    assert "accuracy level" not in report.render_markdown(report_document([records.quality()]))
+
+
+def test_many_results_are_lines_and_share_what_is_the_same() -> None:
+    given_records = []
+    for number in range(6):
+        about = {"name": f"m-v{number}", "digest": f"{number:02x}" * 32, "file_bytes": (80 + number) << 20}
+        given_records.append(records.quality(kl=0.1 - number / 100) | {"artifact": about})
+    markdown = report.render_markdown(report_document(given_records))
+    assert markdown.startswith("# m: 6 results side by side\n\nv0, v1, v2, v3, v4, v5\n")
+    assert "| result | size | KL divergence, nats | perplexity |" in markdown
+    assert "| v0 | 80.0 MiB | 0.1000 [0.0930, 0.1070] |" in markdown
+    assert "- top-1 agreement: 87.31 [86.52, 88.08] %" in markdown
+
+
+def test_results_that_learned_together_show_it_once() -> None:
+    one, other = learned_records.build(), learned_records.build()
+    for number, build in enumerate((one, other)):
+        about = {"name": f"m-v{number}", "digest": f"{number:02x}" * 32, "path": f"out/v{number}"}
+        build |= {"bundle": about["path"]}
+        build["quality"] |= {"artifact": about}
+        build["bench"] |= {"artifact": about}
+    html = report.render_html(report_document([{"schema": "edgeslm.variants/1", "variants": [one, other]}]))
+    assert html.count('aria-labelledby="loss-') == len(one["training"])
+    assert html.count('aria-labelledby="balance-') == 1
+    other["training"] = [learned_records.training(steps=80)]
+    html = report.render_html(report_document([{"schema": "edgeslm.variants/1", "variants": [one, other]}]))
+    assert html.count('aria-labelledby="loss-') == len(one["training"]) + 1
+
+
+def test_one_verdict_for_all_that_kept_the_same_bounds() -> None:
+    document = report_document([
+        records.bundle(), records.build(gate={"passed": True, "misses": []}),
+        records.build(bundle="out/b", quality=None, bench=records.bench("Q8_0"), gate={"passed": True, "misses": []}),
+    ])  # fmt: skip
+    verdicts = [line for line in report.render_markdown(document).splitlines() if "gate passed" in line]
+    assert len(verdicts) == 2  # the bounds of the second are not known
+    single = report_document([records.build(gate={"passed": True, "misses": []})])
+    assert "**Gate passed**" in report.render_markdown(single)
+
+
+def test_command_of_a_variant_builds_the_folder() -> None:
+    text = records.RECIPE.replace('[quantize]\nformat = "gguf"', '[[variants]]\nname = "iq4_nl"')
+    manifest = records.manifest() | {"recipe": {"text": text, "sha256": "0a0a" * 16}}
+    bundle = records.bundle(manifest=manifest, path="out/all/iq4_nl")
+    assert "edgeslm build smollm2-135m-quickstart.toml --out out/all\n" in report.render_markdown(
+        report_document([bundle])
+    )
+
+
 def test_confusion_that_is_not_square_is_left_out() -> None:
     for change in (
         {"confusion": [[1, 2]]},
@@ -228,9 +301,9 @@ def test_confusion_that_is_not_square_is_left_out() -> None:
     assert 'aria-labelledby="confusion-0-title' in report.render_html(whole)
 
 
-def test_two_students_are_drawn_by_size_and_loss() -> None:
+def test_two_students_are_drawn_by_size_and_errors() -> None:
     html = report.render_html(classifiers())
-    assert 'aria-labelledby="size-loss-title' in html
+    assert 'aria-labelledby="size-errors-title' in html
     assert 'aria-labelledby="task-accuracy-title' in html
     assert "INVALID 21.0 k examples/s" in " ".join(Page(html).words)
 
@@ -391,7 +464,7 @@ def test_any_value_may_be_missing(random: Random) -> None:
         records.bundle(), records.build(), records.quality("Q8_0"), records.invalid_bench(),
         learned_records.build(data=learned_records.sensor_data()), learned_records.language_build(),
         learned_records.deployed_quality(), learned_records.bench("gru"), learned_records.checkpoint(),
-        learned_records.training(None, steps=16), learned_records.prune(), learned_records.data(),
+        learned_records.training(None, steps=16), learned_records.prune(), learned_records.data(), variants(),
     ]  # fmt: skip
     chosen = copy.deepcopy(random.sample(pool, random.randint(1, 3)))
     for holder, key in random.sample(places(chosen), 12):
@@ -610,3 +683,13 @@ def test_page_fits_every_screen_and_asks_for_nothing(name: str, width: int, tmp_
     assert json.loads(unescape(found.group(1))) == {
         "overflow": 0, "wide": [], "cut": [], "crossed": [], "requests": [],
     }  # fmt: skip
+
+
+def test_alarms_machine_by_machine() -> None:
+    document = report_document([learned_records.deployed_quality()])
+    text = report.render_markdown(document)
+    assert "announced 33.0 s before failure against 10.3 s of a tuned threshold on rms" in text
+    assert re.search(r"\| bearing-01 +\| 58.0 s +\| 31.0 s +\|", text)
+    assert re.search(r"\| bearing-02 +\| 41.0 s +\| missed +\|", text)
+    assert "2 earlier, 0 later" in text
+    assert "bearing-03" in report.render_html(document)

@@ -54,6 +54,7 @@ class FakeRunner:
         )
         self.options = RunnerOptions(threads=1, context=context)
         self.load_s = 0.0
+        self.notes: tuple[str, ...] = ()
         self.state: list[int] = []
         self.computed: list[int] = []
         self.steps = 0

@@ -62,7 +62,7 @@ def test_facts(make: Callable[..., LlamaRunner]) -> None:
 def test_options_in_force(make: Callable[..., LlamaRunner], tiny_gguf: Path, smollm2_gguf: Path) -> None:
     """Nothing is None, and sizes are what the engine made of them."""
     assert make(ubatch=4096, batch=5000).options == RunnerOptions(
-        threads=1, context=256, batch=256, ubatch=256, flash_attention=True
+        threads=1, context=256, batch=256, ubatch=256, kv_type="f16", flash_attention=True, provider="cpu"
     )
     assert make(context=300).options.context == 512, "llama.cpp rounds up to 256 cells"
     assert make(flash_attention=False).options.flash_attention is False
@@ -284,8 +284,8 @@ def test_open_runner(tiny_gguf: Path) -> None:
     runner = open_runner(bundle, options())
     assert isinstance(runner, LlamaRunner)
     runner.close()
-    with pytest.raises(BundleError, match=r"'onnx'.*gguf"):
-        open_runner(dataclasses.replace(bundle, format="onnx"), options())
+    with pytest.raises(BundleError, match=r"'tflite'.*gguf, onnx"):
+        open_runner(dataclasses.replace(bundle, format="tflite"), options())
 
 
 def write_sliding_gguf(path: Path, *, window: int) -> Path:

@@ -178,3 +178,24 @@ def test_a_broken_template_is_one_clear_error(template: str) -> None:
 def test_a_template_can_not_leave_the_sandbox(template: str) -> None:
     with pytest.raises(ModelError):
         render_chat(template, CONVERSATIONS["one"])
+
+
+def test_a_template_is_compiled_once_and_keeps_nothing_of_a_render(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    compiled = []
+    compile_one = ImmutableSandboxedEnvironment.from_string
+    monkeypatch.setattr(
+        ImmutableSandboxedEnvironment,
+        "from_string",
+        lambda self, source: compiled.append(source) or compile_one(self, source),
+    )
+    template = LLAMA3 + "{# compiled once #}"
+    for year in (2031, 2032, 2033):
+        text = render_chat(
+            template, CONVERSATIONS["one"], f"<bos {year}>", now=lambda year=year: datetime(year, 5, 6)
+        )
+        assert f"06 May {year}" in text
+        assert text.startswith(f"<bos {year}>")
+    assert compiled == [template]
+    assert "bos" not in render_chat(template, CONVERSATIONS["one"])

@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from edgeslm.errors import DataError, EdgeslmError, ModelError, RecipeError  # noqa: E402
+from edgeslm.errors import DataError, ModelError, RecipeError  # noqa: E402
 from edgeslm.progress import Quiet  # noqa: E402
 from edgeslm.specs import DistillSpec, StudentSpec, TrainSpec  # noqa: E402
 from edgeslm.stages import alignment, distill, distill_language, generations, losses, teacher  # noqa: E402
@@ -94,14 +94,23 @@ def curve(directory: Path) -> list[float]:
 
 
 def loss_of(
-    guide: Any, student: Any, spec: DistillSpec, batch: Any, *, columns: Any = None, model: Any = None
+    guide: Any,
+    student: Any,
+    spec: DistillSpec,
+    batch: Any,
+    *,
+    columns: Any = None,
+    model: Any = None,
+    tokens: int | None = None,
 ) -> float:
     """LanguageLoss of a batch for two loaded models."""
     width = min(distill_language.vocabulary_rows(one) for one in (guide, student))
     taught = alignment.Teacher(guide, columns, width)
     counts = (len(one.model.layers) for one in (student, guide))
     kept = tuple(distill_language.layers_of(Path(), *counts))
-    loss = distill_language.LanguageLoss(spec=spec, teacher=taught, student=student, kept=kept)
+    loss = distill_language.LanguageLoss(
+        spec=spec, teacher=taught, student=student, kept=kept, tokens=tokens or width
+    )
     with torch.no_grad():
         return float(loss(model or student, batch))
 
@@ -155,7 +164,9 @@ def test_the_cache_gives_the_loss_of_the_teacher_beside(
         )  # fmt: skip
         data = teacher.Taught(blocks, answers)
         batch = teacher.CollateTaught(collate_blocks)([data[0], data[3]])
-        loss = distill_language.LanguageLoss(spec=spec, teacher=taught, student=ours, kept=(0, 3))
+        loss = distill_language.LanguageLoss(
+            spec=spec, teacher=taught, student=ours, kept=(0, 3), tokens=width
+        )
         with torch.no_grad():
             return float(loss(ours, batch))
 
@@ -226,6 +237,38 @@ def test_on_policy_compares_both_on_the_students_text(
     assert loss_of(theirs, ours, spec, batch) == pytest.approx(
         loss_of(theirs, ours, replace(spec, mode="logits"), batch)
     )
+
+
+def on_policy(ours: Any, theirs: Any, tokens: int) -> Any:
+    return distill_language.LanguageLoss(
+        spec=replace(SPEC, mode="on-policy"),
+        teacher=alignment.Teacher(theirs, None, theirs.config.vocab_size),
+        student=ours,
+        kept=(0, 3),
+        tokens=tokens,
+    )
+
+
+def test_rows_that_pad_the_vocabulary_are_never_written(guide: Any, small: Any, blocks: Blocks) -> None:
+    batch = collate_blocks([blocks[0], blocks[3]])
+    torch.manual_seed(0)
+    written = on_policy(small.load(), guide.load(), 40)._rewritten(batch)
+    made = written["labels"][written["labels"] != generations.NOT_COUNTED]
+    assert len(made) > 10
+    assert set(made.tolist()) <= set(range(40))
+
+
+def test_a_student_learns_from_what_it_writes_in_half_precision_too(
+    monkeypatch: pytest.MonkeyPatch, guide: Any, small: Any, blocks: Blocks
+) -> None:
+    """Casts that writing leaves behind were made without gradients, and must not be taken for the learner's."""
+    monkeypatch.setattr(distill_language, "ON_POLICY_SHARE", 1.0)
+    ours = small.load()
+    loss = on_policy(ours, guide.load(), ours.config.vocab_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss(ours, collate_blocks([blocks[0]])).backward()
+    still = [name for name, one in ours.named_parameters() if one.grad is None or not one.grad.any()]
+    assert not still
 
 
 # --- whole runs ---
@@ -532,10 +575,12 @@ def test_a_student_as_deep_as_its_teacher_is_refused(tmp_path: Path, guide: Any,
         )
 
 
-def test_a_place_that_can_not_be_written(tmp_path: Path) -> None:
-    def write() -> None:
-        with distill.writing(tmp_path):
-            (tmp_path / "no such directory" / "file").write_text("")
-
-    with pytest.raises(EdgeslmError, match="can't write"):
-        write()
+def test_blocks_longer_than_the_teacher_knows_are_refused(tmp_path: Path, small: Any, blocks: Blocks) -> None:
+    short = model_directory(
+        write_hf_model(tmp_path / "short", "llama", layers=4, tokenizer="smollm", context=CONTEXT - 8),
+        "short",
+    )
+    with pytest.raises(
+        RecipeError, match=f"context = {CONTEXT}, but short was made for {CONTEXT - 8} tokens"
+    ):
+        learn(short, small, replace(SPEC, student=StudentSpec(kind="pruned")), tmp_path / "out", blocks)

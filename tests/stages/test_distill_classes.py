@@ -162,7 +162,7 @@ def test_the_loss_is_divergence_and_likelihood(divergence: str) -> None:
 # --- sensors ---
 
 
-def test_a_sensor_network_teaches_a_smaller_one(tmp_path: Path) -> None:
+def test_a_sensor_network_teaches_a_smaller_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgeslm.stages import sensor_net, sensor_training, sensors
 
     random = np.random.default_rng(0)
@@ -181,7 +181,18 @@ def test_a_sensor_network_teaches_a_smaller_one(tmp_path: Path) -> None:
     guide = sensor_training.run(spec, tmp_path / "guide", work=tmp_path / "work", **sides)
     small = replace(SPEC, student=StudentSpec(kind="gru", units=6))
     arguments: dict[str, Any] = {"task": "sensor-classification", "work": tmp_path / "more", **sides}
-    made = distill.run(guide, None, small, tmp_path / "out", labels=data.train.labels, **arguments)
+    threads, predict = [], sensor_training.predict
+    monkeypatch.setattr(
+        sensor_training, "predict", lambda *given: threads.append(torch.get_num_threads()) or predict(*given)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # too many for steps of so small a network
+    try:
+        made = distill.run(guide, None, small, tmp_path / "out", labels=data.train.labels, **arguments)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(threads) == {1}
     student = sensor_net.load(made.path)
     assert student.config.units == 6
     assert student.config.normalization == data.train.normalization.as_record()

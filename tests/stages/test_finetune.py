@@ -354,7 +354,7 @@ from pathlib import Path
 from edgeslm.stages import finetune
 from edgeslm.stages.checkpoint import resolve
 from edgeslm.stages.packing import TokenBlocks
-from edgeslm.stages.train import is_main
+from edgeslm.stages.team import is_main
 from tests.stages.test_finetune import SPEC
 path = Path(sys.argv[2])
 sets = {name: TokenBlocks.open(path / name) for name in ("train", "heldout")}

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from edgeslm.errors import ModelError
+from edgeslm.stages import influence
 from edgeslm.stages.influence import (
+    dropped_in_turn,
     largest,
     layer_losses,
     mean_loss,
@@ -141,6 +143,60 @@ def test_leaving_out_a_layer_that_does_nothing_costs_nothing(tmp_path: Path) -> 
     assert losses[1] == pytest.approx(0, abs=1e-6)
     assert min(abs(losses[0]), abs(losses[2])) > 1e-3
     assert len(model.model.layers) == 3
+
+
+def test_layers_that_stand_in_for_each_other_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 and 2 do the same: each costs little, both cost most; by their own costs both would go."""
+    import torch
+
+    costs = {
+        (0,): 5.0,
+        (1,): 0.1,
+        (2,): 0.11,
+        (3,): 0.3,
+        (1, 2): 9.0,
+        (1, 3): 0.4,
+        (1, 2, 3): 9.5,
+        (0, 1, 3): 7.0,
+    }
+    layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(4))
+    decoder = SimpleNamespace(layers=layers, config=None)
+    model, tried = SimpleNamespace(get_decoder=lambda: decoder), []
+
+    def loss(_model: Any, _windows: Any) -> float:
+        gone = tuple(
+            place for place, layer in enumerate(layers) if not any(layer is one for one in decoder.layers)
+        )
+        tried.append(gone)
+        return costs[gone]
+
+    monkeypatch.setattr(influence, "mean_loss", loss)
+    monkeypatch.setattr(influence, "CANDIDATES", 1.0)
+    alone = np.array([costs[(layer,)] for layer in range(4)])
+    costs[0, 1] = 6.0
+    assert dropped_in_turn(model, windows(), alone, 0) == []
+    assert dropped_in_turn(model, windows(), alone, 1) == [1]
+    assert not tried
+    assert dropped_in_turn(model, windows(), alone, 2) == [1, 3]
+    assert dropped_in_turn(model, windows(), alone, 3) == [1, 3, 0]
+    assert decoder.layers is layers
+
+
+def test_layers_in_turn_by_brute_force(tmp_path: Path) -> None:
+    from edgeslm.stages.checkpoint import resolve
+
+    model = resolve(str(write_hf_model(tmp_path, "llama", layers=6))).load()
+    alone = layer_losses(model, windows())
+    gone: list[int] = []
+    candidates = np.argsort(alone)[:3].tolist()
+    for _ in range(3):
+        left = [layer for layer in candidates if layer not in gone]
+        losses = []
+        for layer in left:
+            with without(model, [*gone, layer]):
+                losses.append(mean_loss(model, windows()))
+        gone.append(left[int(np.argmin(losses))])
+    assert dropped_in_turn(model, windows(), alone, 3) == gone
 
 
 def test_without_layers_and_channels_for_a_while(tiny: Any) -> None:

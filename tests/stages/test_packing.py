@@ -6,12 +6,14 @@ import errno
 import json
 import re
 import tracemalloc
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from edgeslm.errors import DataError, EdgeslmError, ModelError
+from edgeslm.progress import Quiet
 from edgeslm.runtime.template import render_chat
 from edgeslm.stages import packing
 from edgeslm.stages.data import Document
@@ -19,7 +21,7 @@ from edgeslm.stages.packing import IGNORED, TokenBlocks, assistant_spans, collat
 from tests.models import CHATML, CORPUS, GEMMA_CHAT, LLAMA3_CHAT, MISTRAL_CHAT, PHI3_CHAT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     Render = Callable[[Sequence[Mapping[str, str]], bool], str]
@@ -95,6 +97,30 @@ def learned(blocks: TokenBlocks, tokenizer: Any) -> list[str]:
 
 
 # --- plain text ---
+
+
+def test_the_progress_counts_the_bytes_of_the_text(tmp_path: Path, tokenizer: Any) -> None:
+    seen: list[Any] = []
+
+    class Watch(Quiet):
+        @contextmanager
+        def task(self, name: str, total: float, unit: str = "") -> Iterator[Any]:
+            seen.append((name, total, unit))
+            yield seen.append
+
+    texts = ["the lazy dog\n" * 30_000, "naïve café", "the end"]
+    size = len("".join(texts).encode())
+    pack(
+        [Document(text=text) for text in texts],
+        tokenizer,
+        32,
+        tmp_path / "out",
+        text_bytes=size,
+        progress=Watch(),
+    )
+    assert seen[0] == ("tokenizing", size, "bytes")
+    assert len(seen) > 2
+    assert sum(seen[1:]) == size
 
 
 @pytest.mark.parametrize("bos", [False, True])

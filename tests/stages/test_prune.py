@@ -144,7 +144,9 @@ def test_the_least_influential_layers_are_dropped(tmp_path: Path) -> None:
     ids = list(range(40))
     np.testing.assert_allclose(torch_logits(result.path, ids), torch_logits(source, ids), atol=0.1)
     _, by_loss = run(source, tmp_path / "perplexity", drop_layers=2, layers_by="perplexity")
-    assert by_loss["dropped_layers"] == sorted(np.argsort(by_loss["influence"])[:2].tolist())
+    assert by_loss["dropped_layers"] == sorted(
+        np.argsort(by_loss["influence"])[:2].tolist()
+    )  # all that are tried
     assert max(abs(by_loss["influence"][layer]) for layer in (1, 3)) < 1e-2
     # Settings and tokenizer files that no cut concerns are the parent's.
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -239,6 +241,40 @@ def test_a_target_is_met(share: float, tmp_path: Path) -> None:
     assert result.parameters <= share * before
 
 
+@pytest.mark.parametrize("scheme", ["F16", "Q4_K_M"])
+def test_a_target_in_bytes_is_the_exported_files(scheme: str, tmp_path: Path) -> None:
+    source = write_hf_model(tmp_path / "model", "llama", hidden=256, layers=6, intermediate=1024)
+    whole = export_gguf.run(resolve(str(source)), QuantizeSpec(scheme=scheme), tmp_path / "whole.gguf")
+    limit = int(0.8 * whole.path.stat().st_size)
+    spec = PruneSpec(target_bytes=limit, multiple=32)
+    result = prune.run(
+        resolve(str(source)), spec, tmp_path / "out", documents=documents, chat=chat, context=32, tokens=256,
+        artifacts=(QuantizeSpec(scheme="Q2_K"), QuantizeSpec(scheme=scheme)),
+    )  # fmt: skip
+    made = export_gguf.run(result, QuantizeSpec(scheme=scheme), tmp_path / "made.gguf")
+    assert 0.8 * limit < made.path.stat().st_size <= limit
+    record = json.loads((tmp_path / "out" / "prune.json").read_text(encoding="utf-8"))
+    assert any(note.startswith("target: ") and " bytes" in note for note in record["notes"])
+
+
+def test_shares_are_of_the_model_before_its_vocabulary_was_pruned(tmp_path: Path) -> None:
+    source = write_hf_model(tmp_path / "model", "llama", layers=6, intermediate=512)
+    before = resolve(str(source)).parameters
+    _, record = run(source, tmp_path / "words", vocabulary=True)
+    assert record["parameters"]["after"] > 0.75 * before
+    result = prune.run(
+        resolve(str(tmp_path / "words")), PruneSpec(target=0.75), tmp_path / "out", documents=documents, chat=chat,
+        context=32, tokens=256, tokens_before=record["tokens"]["before"],
+    )  # fmt: skip
+    assert 0.85 * 0.75 * before < result.parameters <= 0.75 * before
+    # What the vocabulary's pruning alone has reached is no error.
+    enough = prune.run(
+        resolve(str(tmp_path / "words")), PruneSpec(target=record["parameters"]["after"] + 1), tmp_path / "same",
+        documents=documents, chat=chat, context=32, tokens=256, tokens_before=record["tokens"]["before"],
+    )  # fmt: skip
+    assert enough.parameters == record["parameters"]["after"]
+
+
 def test_a_target_of_a_family_with_a_pattern(tmp_path: Path) -> None:
     source = write_hf_model(tmp_path / "model", "smollm3", layers=8, intermediate=64, **FOURTH)
     result, _ = run(source, tmp_path / "pruned", target=0.75)
@@ -253,6 +289,11 @@ def test_targets_that_cannot_be(tmp_path: Path) -> None:
         run(source, tmp_path / "out", target=float(before))
     with pytest.raises(RecipeError, match="can't be reached"):
         run(source, tmp_path / "out", target=0.05)
+    with pytest.raises(RecipeError, match=r"target_bytes = 10,000,000 bytes, the model has [\d,]+"):
+        run(source, tmp_path / "out", target_bytes=10_000_000)
+    for spec in (PruneSpec(target=float(before)), PruneSpec(target=0.05), PruneSpec(target_bytes=1000)):
+        with pytest.raises(RecipeError, match="target"):
+            prune.prove(resolve(str(source)), spec)
     assert not (tmp_path / "out").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -198,6 +199,30 @@ def test_fewer_layers_equal_the_model_with_layers_cut_out(tmp_path: Path, family
     again = model_directory(tmp_path / "fewer", "fewer").load()
     with torch.no_grad():
         assert torch.allclose(again(input_ids=ids, use_cache=False).logits, wanted, atol=1e-5)
+
+
+def test_fewer_layers_keep_the_pattern_that_the_exporters_expect(tmp_path: Path) -> None:
+    """SmolLM3: every fourth layer has no rotary positions, and evenly spread ones would not fit."""
+    from edgeslm.stages import prune, widths
+    from tests.models import write_hf_model
+
+    path = write_hf_model(tmp_path / "m", "smollm3", layers=8, no_rope_layer_interval=4)
+    model = model_directory(path, "m").load()
+    kinds = widths.required_kinds(prune.text_config(model))
+    assert students.spread(8, 5) == [0, 2, 4, 5, 7]
+    fewer, kept = students.smaller(model, 5, kinds)
+    assert (
+        [model.config.no_rope_layers[layer] for layer in kept]
+        == [1, 1, 1, 0, 1]
+        == fewer.config.no_rope_layers
+    )
+    fits = [
+        (sum(min(abs(layer - even) for even in (0, 2, 4, 5, 7)) for layer in chosen), list(chosen))
+        for chosen in itertools.combinations(range(8), 5)
+        if [model.config.no_rope_layers[layer] for layer in chosen] == [1, 1, 1, 0, 1]
+    ]
+    nearest = min(distance for distance, _ in fits)
+    assert (nearest, kept) in fits
 
 
 def test_an_encoder_loses_layers_too() -> None:

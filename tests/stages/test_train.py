@@ -429,7 +429,7 @@ import json, sys
 from dataclasses import replace
 from pathlib import Path
 from edgeslm.errors import RecipeError
-from edgeslm.stages.train import from_main, is_main, wait_for_all
+from edgeslm.stages.team import close, from_main, is_main, wait_for_all
 from tests.stages.test_train import SPEC, fit, held_out, network, weights
 out, batch = Path(sys.argv[1]), int(sys.argv[2])
 model = network()
@@ -443,6 +443,7 @@ wait_for_all()
 if is_main():
     training["weights"] = weights(model).tolist()
     (out / "training.json").write_text(json.dumps(training))
+close()
 """
 
 

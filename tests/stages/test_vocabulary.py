@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeslm.errors import DataError, ModelError
+from edgeslm.stages.chats import renderer
 from edgeslm.stages.data import Document
 from edgeslm.stages.subwords import Subwords, special_ids
 from edgeslm.stages.vocabulary import (
@@ -20,8 +21,8 @@ from edgeslm.stages.vocabulary import (
     expected_tokens,
     kept_ids,
     kept_tokens,
+    not_by_heart,
     rebuilt,
-    render_turns,
     renumber,
     tokenizer_document,
     used_tokens,
@@ -47,7 +48,7 @@ def chat(template: str, turns: Sequence[Mapping[str, str]], bos: str, eos: str, 
 
 def prune(tokenizer: Any, documents: list[Document], **options: Any) -> tuple[np.ndarray, Any]:
     """(kept ids, the pruned tokenizer), with nothing expected beyond what is used."""
-    counts = used_tokens(documents, tokenizer, len(tokenizer), chat)
+    counts = used_tokens(documents, tokenizer, len(tokenizer), chat).counts
     expected = counts / counts.sum()
     kept = kept_ids(tokenizer, counts, expected, **options)
     return kept, rebuilt(tokenizer, kept)
@@ -71,7 +72,7 @@ def test_the_domain_falls_into_the_same_tokens(whole: Any) -> None:
         assert strings(pruned, text) == strings(whole, text)
         ids = whole.encode(text)
         assert [kept[number] for number in pruned.encode(text)] == ids
-    rendered = render_turns(CHAT.messages or (), whole, chat)
+    rendered = renderer(whole, chat)(CHAT.messages or (), False)
     assert strings(pruned, rendered) == strings(whole, rendered)
     check_same_tokens(whole, pruned, [*DOMAIN, CHAT], chat)
 
@@ -103,7 +104,7 @@ def test_special_tokens_keep_their_meaning(whole: Any, tmp_path: Path) -> None:
 
 
 def test_what_is_expected_stays_in_round_numbers(whole: Any) -> None:
-    counts = used_tokens(DOMAIN, whole, len(whole), chat)
+    counts = used_tokens(DOMAIN, whole, len(whole), chat).counts
     likely = np.random.default_rng(0).exponential(size=len(whole))
     likely /= likely.sum()
     used = set(np.flatnonzero(counts).tolist())
@@ -112,6 +113,30 @@ def test_what_is_expected_stays_in_round_numbers(whole: Any) -> None:
     assert len(few) % MULTIPLE == 0
     assert len(more) % MULTIPLE == 0 or len(more) > len(whole) // MULTIPLE * MULTIPLE
     assert likely[np.setdiff1d(np.arange(len(whole)), more)].sum() <= 0.02 + 1e-9
+
+
+def test_a_model_that_knows_its_text_by_heart_keeps_as_many_tokens(tmp_path: Path) -> None:
+    """What each document brings that no other has, by brute force, is what the unused tokens get together."""
+    tokenizer = TOKENIZERS["smollm"](tmp_path)
+    documents = [
+        Document(text=line) for line in CORPUS.splitlines()[:8] * 2 + ["only this one: zebra, quartz"]
+    ]
+    used = used_tokens(documents, tokenizer, len(tokenizer), lambda *_: "")
+    texts = [tokenizer.encode(document.text or "") for document in documents]
+    others = [{token for j, one in enumerate(texts) if j != i for token in one} for i in range(len(texts))]
+    new = sum(token not in others[i] for i, text in enumerate(texts) for token in text)
+    assert new > 0
+    assert used.novelty == pytest.approx(new / sum(map(len, texts)))
+
+    unused = used.counts == 0
+    calibrated = np.where(unused, used.novelty / unused.sum(), (1 - used.novelty) / (~unused).sum())
+    sure = np.where(unused, calibrated / 10, calibrated)
+    assert np.allclose(not_by_heart(sure, used), calibrated)
+    unsure = np.where(unused, calibrated * 2, calibrated)
+    assert not_by_heart(unsure, used) is unsure
+    assert not_by_heart(sure, used._replace(novelty=None)) is sure
+    few = used_tokens(documents[:7], tokenizer, len(tokenizer), lambda *_: "")
+    assert few.novelty is None
 
 
 def test_ids_of_the_configuration_stay(whole: Any) -> None:
@@ -147,8 +172,8 @@ def test_conversations_need_a_template(tmp_path: Path) -> None:
 def test_special_tokens_in_plain_text_are_text(tmp_path: Path) -> None:
     tokenizer = TOKENIZERS["smollm"](tmp_path)
     text = Document(text="the mark <|im_end|> in prose")
-    counts = used_tokens([text], tokenizer, len(tokenizer), chat)
-    bare = used_tokens([Document(text="the")], tokenizer, len(tokenizer), chat)
+    counts = used_tokens([text], tokenizer, len(tokenizer), chat).counts
+    bare = used_tokens([Document(text="the")], tokenizer, len(tokenizer), chat).counts
     assert counts[tokenizer.eos_token_id] == bare[tokenizer.eos_token_id]  # of the template alone
     _, pruned = prune(tokenizer, [text])
     check_same_tokens(tokenizer, pruned, [text], chat)
