@@ -16,7 +16,7 @@ from edgeslm import learning, pipeline
 from edgeslm.bundle import open_bundle
 from edgeslm.errors import DataError, EdgeslmError, ModelError, RecipeError
 from edgeslm.recipe import load_recipe
-from edgeslm.specs import PruneSpec
+from edgeslm.specs import PruneSpec, QuantizeSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = "max_steps = 3\nbatch_size = 2\ncontext = 32\n"
@@ -46,6 +46,39 @@ def test_the_vocabulary_is_pruned_apart_as_the_teacher_needs_it_too() -> None:
     tokens, rest = learning.split_spec(PruneSpec(vocabulary=True, drop_layers=2, multiple=32))
     assert tokens == PruneSpec(vocabulary=True, multiple=32)
     assert rest == PruneSpec(drop_layers=2, multiple=32)
+
+
+@pytest.mark.workstation
+def test_a_target_in_a_recipe_is_of_its_artifact_and_of_the_whole_model(
+    language: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vocabulary is pruned first, apart: shares are of the model before that, bytes of what [quantize] makes."""
+    from edgeslm.stages import prune, vocabulary
+    from edgeslm.stages.checkpoint import resolve
+
+    kept_ids = vocabulary.kept_ids
+    monkeypatch.setattr(vocabulary, "kept_ids", lambda *given: kept_ids(*given, unexpected=1.0))
+    given: list[dict[str, Any]] = []
+    whole = prune.run
+    monkeypatch.setattr(prune, "run", lambda *one, **more: given.append(more) or whole(*one, **more))
+    text = (language / "r.toml").read_text()
+    start, end = text.index("[finetune.train]"), text.index("[prune]")
+    text = text[:start] + text[end:]
+    start, end = text.index("[distill.train]"), text.index("[calibrate]")
+    text = text[:start] + text[end:]
+    before = resolve(str(language / "model")).parameters
+    write(language, text.replace("drop_layers = 1", "vocabulary = true\ntarget = 0.6"))
+    result = build(language)
+    assert (
+        result["prune"]["parameters"]["after"]
+        <= 0.6 * before
+        < result["prune"]["before"]["parameters"]["after"]
+    )
+    assert [more["tokens_before"] for more in given] == [None, result["prune"]["before"]["tokens"]["before"]]
+    assert {more["artifacts"] for more in given} == {(QuantizeSpec(scheme="Q8_0"),)}
+    scheme = text.replace("drop_layers = 1", "vocabulary = true\ntarget = 0.6").replace('"Q8_0"', '"F16"')
+    write(language, scheme)
+    assert "prune" not in ran(build(language))  # a share is of parameters, whatever they become
 
 
 def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
@@ -301,6 +334,8 @@ def test_a_sensor_model_from_table_to_bundle(machines: Path) -> None:
 def test_commands_make_checkpoints_with_the_recipes_keys(language: Path) -> None:
     from click.testing import CliRunner
 
+    from edgeslm.stages import export_gguf
+    from edgeslm.stages.checkpoint import resolve
     from edgeslm.training_commands import finetune, prune
 
     train = str(language / "train.jsonl")
@@ -322,6 +357,18 @@ def test_commands_make_checkpoints_with_the_recipes_keys(language: Path) -> None
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert json.loads((language / "small" / "config.json").read_text())["num_hidden_layers"] == 2
+    limit = int(0.9 * sum(one.numel() for one in resolve(str(language / "tuned")).load().parameters()) * 2)
+    done = CliRunner().invoke(
+        prune,
+        [str(language / "tuned"), "--calibration", train, "--target-bytes", str(limit), "--scheme", "F16",
+         "--out", str(language / "fits"), "--json"],
+        catch_exceptions=False,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    made = export_gguf.run(
+        resolve(str(language / "fits")), QuantizeSpec(scheme="F16"), language / "fits.gguf"
+    )
+    assert made.path.stat().st_size <= limit
 
 
 def launched(folder: Path, processes: int) -> dict[str, Any]:
