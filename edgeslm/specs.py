@@ -224,9 +224,9 @@ class CalibrateSpec:
 class OnnxSpec:
     """How the weights of an ONNX model become 8 or 4 bits."""
 
-    block: int = 32
-    """Weights that share a scale, along a row: 4 bits and 8 bits weight-only."""
-    symmetric: bool = True
+    block: int = 64
+    """Weights that share a scale, along a row: 4 bits and 8 bits weight-only.  Smaller ones are closer and slower."""
+    symmetric: bool = False
     """Scales alone; else a zero point for each block too."""
     algorithm: str = "search"
     """How a block's scale is found: search (least weighted error), rtn, hqq, gptq or k-quant."""
@@ -238,7 +238,7 @@ class OnnxSpec:
     """int8-static: how ranges of activations are measured."""
     sensitive: float = 0.1
     """Share of the weights, the most sensitive first, that stay a precision up: float for int8-dynamic and
-    int8-static, 8 bits for int4-int8."""
+    int8-static, 8 bits for int4-int8; of a classifier at most so many, and only while they are needed."""
     mobile: bool = False
     """Also write model.ort and the list of operators that a reduced build of ONNX Runtime needs."""
 

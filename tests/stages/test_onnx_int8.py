@@ -24,7 +24,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 VOCABULARY, WIDTH = 256, 64
-SPEC = OnnxSpec()
+SPEC = OnnxSpec(block=32, symmetric=True)
 
 
 def arrays(seed: int = 0) -> dict[str, NDArray[np.float32]]:

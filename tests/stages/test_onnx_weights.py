@@ -35,7 +35,10 @@ def run(path: Path) -> np.ndarray:
 def spec(scheme: str, **options: Any) -> QuantizeSpec:
     types = options.pop("types", ())
     return QuantizeSpec(
-        format="onnx", scheme=scheme, types=types, onnx=OnnxSpec(**{"accuracy_level": 0, **options})
+        format="onnx",
+        scheme=scheme,
+        types=types,
+        onnx=OnnxSpec(**{"accuracy_level": 0, "block": 32, "symmetric": True, **options}),
     )
 
 

@@ -42,7 +42,9 @@ def test_an_onnx_model_by_its_types(tmp_path: Path) -> None:
     vectors = sum(one.numel() for one in model.parameters() if one.ndim == 1)
 
     def size(scheme: str, **onnx: object) -> int:
-        spec = QuantizeSpec(format="onnx", scheme=scheme, onnx=OnnxSpec(**onnx))  # type: ignore[arg-type]
+        spec = QuantizeSpec(
+            format="onnx", scheme=scheme, onnx=OnnxSpec(**{"block": 32, "symmetric": True} | onnx)
+        )  # type: ignore[arg-type]
         return sizes.artifact_bytes(names, config, spec, 10**9)
 
     assert size("F32") == 4 * (matrices + vectors)
