@@ -36,7 +36,7 @@ DYNAMIC_TARGET = 0.05
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "int4": ("int4", {}),
     "int4 rtn": ("int4", {"algorithm": "rtn"}),
-    "int4 block 64, zero points": ("int4", {"block": 64, "symmetric": False}),
+    "int4 block 32, symmetric": ("int4", {"block": 32, "symmetric": True}),
     "int4-int8": ("int4-int8", {"block": 64}),
     "int8": ("int8", {}),
     "int8-dynamic": ("int8-dynamic", {}),
