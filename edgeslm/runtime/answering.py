@@ -14,7 +14,7 @@ from edgeslm.errors import DataError, ModelError
 from edgeslm.runtime.constrain import TokenBytes, TokenConstraint
 from edgeslm.runtime.generate import Generation
 from edgeslm.runtime.steering import Steered, stop_tokens
-from edgeslm.runtime.template import render_chat
+from edgeslm.runtime.template import conversation_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,22 +84,13 @@ class Answerer:
 
     def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation in the model's own template.  Raises ModelError where there is none."""
-        runner, facts = self.runner, self.runner.facts
-        if facts.chat_template is None:
+        template = self.runner.facts.chat_template
+        if template is None:
             raise ModelError(
                 "the model has no chat template: it was not made for chat", hint="use /v1/completions"
             )
-        bos, eos = (
-            "" if token is None else runner.token_bytes(token, special=True).decode(errors="replace")
-            for token in (facts.bos_token, facts.eos_token)
-        )
-        text = render_chat(facts.chat_template, messages, bos, eos, add_generation_prompt=True)
         with self._tokenizing:
-            tokens = runner.tokenize(text, add_special=False, parse_special=True)
-        # Some templates write the beginning-of-text mark themselves, some leave it to the tokenizer.
-        if facts.adds_bos and facts.bos_token is not None and tokens[:1] != [facts.bos_token]:
-            tokens.insert(0, facts.bos_token)
-        return tokens
+            return conversation_tokens(self.runner, template, messages)
 
     def check(self, tokens: Sequence[int]) -> None:
         """Raise DataError for a prompt that is empty, or has tokens that the model lacks."""

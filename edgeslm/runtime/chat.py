@@ -18,7 +18,7 @@ from edgeslm.errors import DataError, EdgeslmError, ModelError
 from edgeslm.runtime.generate import Generation
 from edgeslm.runtime.runner import RunnerOptions, open_runner
 from edgeslm.runtime.sampling import Sampling
-from edgeslm.runtime.template import render_chat
+from edgeslm.runtime.template import conversation_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -225,17 +225,7 @@ class Chat:
         return generation
 
     def _tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        runner, facts = self._runner, self._runner.facts
-        bos, eos = (
-            "" if token is None else runner.token_bytes(token, special=True).decode(errors="replace")
-            for token in (facts.bos_token, facts.eos_token)
-        )
-        text = render_chat(self._template, messages, bos, eos, add_generation_prompt=True)
-        tokens = runner.tokenize(text, add_special=False, parse_special=True)
-        # Some templates write the beginning-of-text mark themselves, some leave it to the tokenizer.
-        if facts.adds_bos and facts.bos_token is not None and tokens[:1] != [facts.bos_token]:
-            tokens.insert(0, facts.bos_token)
-        return tokens
+        return conversation_tokens(self._runner, self._template, messages)
 
     def _fitting_tokens(self) -> list[int]:
         """The prompt; where it leaves too little of the context for an answer, the oldest turns go, aloud."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from jinja2.nodes import Node
     from jinja2.parser import Parser
 
+    from edgeslm.runtime.runner import Runner
+
 
 def render_chat(
     template: str,
@@ -101,3 +103,18 @@ class _GenerationTag(Extension):
 
     def _text(self, caller: Callable[[], str]) -> str:
         return caller()
+
+
+def conversation_tokens(runner: Runner, template: str, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Token ids of a conversation with the head of the answer to come behind it."""
+    facts = runner.facts
+    bos, eos = (
+        "" if token is None else runner.token_bytes(token, special=True).decode(errors="replace")
+        for token in (facts.bos_token, facts.eos_token)
+    )
+    text = render_chat(template, messages, bos, eos, add_generation_prompt=True)
+    tokens = runner.tokenize(text, add_special=False, parse_special=True)
+    # Some templates write the beginning-of-text mark themselves, some leave it to the tokenizer.
+    if facts.adds_bos and facts.bos_token is not None and tokens[:1] != [facts.bos_token]:
+        tokens.insert(0, facts.bos_token)
+    return tokens
