@@ -330,7 +330,7 @@ def _memory(memory: Record) -> str:
 def _memory_estimate(memory: Record) -> str:
     rows = [
         (name, wording.size(memory.get(key)))
-        for name, key in (("weights", "weights_bytes"), ("KV cache, f16", "kv_cache_bytes"),
+        for name, key in (("weights", "weights_bytes"), (f"KV cache, {memory.get('kv_type')}", "kv_cache_bytes"),
                           ("compute buffer", "compute_bytes"), ("total", "total_bytes"))
     ]  # fmt: skip
     return layout.table((f"memory at {wording.count(memory.get('context'), 'token')} of context", ""), rows)

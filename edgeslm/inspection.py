@@ -129,7 +129,7 @@ def _inspect_onnx(bundle: Bundle, context: int, *, verified: bool) -> Record:
     if not bundle.is_classifier:
         kv_cache = kv_cache_bytes(shape, context)
         kv_cache = None if kv_cache is None else 2 * kv_cache  # float32, where llama.cpp has f16
-        return record | {"memory": {**record["memory"], "kv_cache_bytes": kv_cache}}
+        return record | {"memory": {**record["memory"], "kv_cache_bytes": kv_cache, "kv_type": "f32"}}
     labels = model.get("labels")
     return record | {
         "memory": None,
@@ -235,6 +235,7 @@ def _memory(shape: Shape, context: int, weight_bytes: int) -> Record:
         "context": context,
         "weights_bytes": weight_bytes,
         "kv_cache_bytes": kv_cache,
+        "kv_type": "f16",
         "compute_bytes": compute,
         "total_bytes": weight_bytes + (kv_cache or 0) + (compute or 0) if known else None,
     }

@@ -386,8 +386,8 @@ def test_metadata_of_the_wrong_kinds(tmp_path: Path) -> None:
     ):
         assert record[key] is None, key
     assert record["name"] == "\ufffd[2Jname\ufffd" + "x" * 191
-    assert record["memory"] == {"context": 256, "weights_bytes": 68, "kv_cache_bytes": None, "compute_bytes": None,
-                                "total_bytes": None}  # fmt: skip
+    assert record["memory"] == {"context": 256, "weights_bytes": 68, "kv_cache_bytes": None,
+                                "kv_type": "f16", "compute_bytes": None, "total_bytes": None}  # fmt: skip
     assert record["tokenizer"]["bos"] is None
     assert record["tokenizer"]["eos"] == "\ufffd"
     assert record["bits_per_weight"] == 8.5
