@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Attempt = Callable[[str], "Outcome"]
 
 INSTALL = {
+    "onnx": "pip install 'edgeslm[onnx]'",
     "gguf": "pip install 'edgeslm[gguf]'  "
     "(compiles llama.cpp for some minutes; on Debian first: sudo apt install g++ cmake)",
     "workstation": "pip install 'edgeslm[workstation]'  (on Linux torch comes with CUDA, several GB; "
@@ -46,6 +47,9 @@ class Engine:
     module: str
     extra: str
 
+
+PURPOSES = {"gguf": "run GGUF files", "onnx": "run ONNX bundles", "workstation": "make bundles"}
+"""Extra to what it is for."""
 
 ENGINES = (
     Engine(name="llama-cpp-python", module="llama_cpp", extra="gguf"),
@@ -119,8 +123,7 @@ def _judge(
 ) -> tuple[str, str]:
     """(what is so, what to do about it or "") for one engine."""
     if found is None or outcome is None:
-        purpose = "run GGUF files" if engine.extra == "gguf" else "make bundles"
-        return "not installed", f"to {purpose} here: {INSTALL[engine.extra]}"
+        return "not installed", f"to {PURPOSES[engine.extra]} here: {INSTALL[engine.extra]}"
     if outcome.returncode == 0:
         return "", ""
     if outcome.returncode is None:
