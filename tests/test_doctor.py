@@ -46,9 +46,9 @@ def test_nothing_is_installed() -> None:
     record = examine({})
     assert all(one["version"] is None and not one["imports"] for one in record["engines"])
     assert {one["detail"] for one in record["engines"]} == {"not installed"}
-    assert len(record["advice"]) == 2, "one for running models, one for making them"
-    assert "pip install 'edgeslm[gguf]'" in record["advice"][0]
-    assert "pip install 'edgeslm[workstation]'" in record["advice"][1]
+    assert len(record["advice"]) == 3, "one for each engine that runs models, one for making them"
+    for extra, line in zip(("gguf", "onnx", "workstation"), record["advice"], strict=True):
+        assert f"pip install 'edgeslm[{extra}]'" in line
 
 
 def test_illegal_instruction_names_the_processor_and_the_way_out() -> None:
