@@ -60,12 +60,12 @@ def artifacts(recipe: Recipe) -> tuple[QuantizeSpec, ...]:
 
 def prove_cuts(recipe: Recipe, checkpoint: Checkpoint, teacher: Checkpoint | None, store: Work) -> None:
     """Show on tiny copies that what pruning will leave can be exported, before hours go into training."""
-    from edgeslm.stages import prune
-
     made_of = artifacts(recipe)
     for start, spec in _cuts(recipe, checkpoint, teacher):
 
         def produce(directory: Path, start: Checkpoint = start, spec: PruneSpec = spec) -> None:
+            from edgeslm.stages import prune
+
             prune.prove(start, spec, artifacts=made_of, seed=recipe.seed, progress=store.progress)
             (directory / "proved.json").write_text("{}", encoding="utf-8")
 
@@ -84,12 +84,12 @@ def _cuts(
     recipe: Recipe, checkpoint: Checkpoint, teacher: Checkpoint | None
 ) -> Iterator[tuple[Checkpoint, PruneSpec]]:
     """(model, what will be cut of it) behind a training, or by distilling into fewer layers."""
-    from edgeslm.stages import prune, students
-
     if recipe.prune is not None and recipe.finetune is not None:
         yield checkpoint, recipe.prune
     distill = recipe.distill
     if recipe.task == "causal-lm" and distill is not None and distill.student.kind == "smaller":
+        from edgeslm.stages import prune, students
+
         start = teacher or checkpoint
         layers = prune.read_config(start)["num_hidden_layers"]
         students.spread(layers, distill.student.layers)

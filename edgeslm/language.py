@@ -43,8 +43,6 @@ AUDIT_WINDOWS = 4
 
 def export(recipe: Recipe, learned: Learned, store: Work) -> Exported:
     """The checkpoint quantized, with an importance matrix where there is calibration text."""
-    from edgeslm.stages import export_decoder, export_gguf, export_onnx
-
     checkpoint = learned.checkpoint
     assert checkpoint is not None
     importance = _calibrate(recipe, checkpoint, store)
@@ -52,16 +50,9 @@ def export(recipe: Recipe, learned: Learned, store: Work) -> Exported:
     name = WEIGHTS[recipe.quantize.format]
 
     def produce(directory: Path) -> None:
-        exported: Exported
-        if is_gguf:
-            exported = export_gguf.run(
-                checkpoint, recipe.quantize, directory / name, importance=importance, progress=store.progress
-            )
-        else:
-            exported = export_decoder.run(
-                checkpoint, recipe.quantize, directory / name, importance=importance,
-                windows=_sensitivity_windows(recipe, checkpoint, store), progress=store.progress,
-            )  # fmt: skip
+        exported = (_to_gguf if is_gguf else _to_onnx)(
+            recipe, checkpoint, directory / name, importance, store
+        )
         facts = {"plan": exported.plan, "model": exported.model, "warnings": exported.warnings}
         (directory / "plan.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
 
@@ -79,8 +70,31 @@ def export(recipe: Recipe, learned: Learned, store: Work) -> Exported:
     directory = store.stage("quantize", inputs, produce)
     facts = read_record(directory / "plan.json")
     if is_gguf:
+        from edgeslm.stages import export_gguf
+
         return export_gguf.Exported(path=directory / name, **facts)
+    from edgeslm.stages import export_onnx
+
     return export_onnx.Exported(path=directory / name, **facts)
+
+
+def _to_gguf(
+    recipe: Recipe, checkpoint: Checkpoint, out: Path, importance: Path | None, store: Work
+) -> Exported:
+    from edgeslm.stages import export_gguf
+
+    return export_gguf.run(checkpoint, recipe.quantize, out, importance=importance, progress=store.progress)
+
+
+def _to_onnx(
+    recipe: Recipe, checkpoint: Checkpoint, out: Path, importance: Path | None, store: Work
+) -> Exported:
+    from edgeslm.stages import export_decoder
+
+    return export_decoder.run(
+        checkpoint, recipe.quantize, out, importance=importance,
+        windows=_sensitivity_windows(recipe, checkpoint, store), progress=store.progress,
+    )  # fmt: skip
 
 
 def _sensitivity_windows(recipe: Recipe, checkpoint: Checkpoint, store: Work) -> NDArray[np.int64] | None:

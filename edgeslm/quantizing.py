@@ -94,7 +94,7 @@ def _language(
     progress: Progress,
 ) -> Any:
     """A language model in either format; file: a .gguf to write, None: into `scratch`."""
-    from edgeslm.stages import calibrate, export_decoder, export_gguf
+    from edgeslm.stages import calibrate
     from edgeslm.stages.data import documents
 
     importance, windows = None, None
@@ -111,9 +111,13 @@ def _language(
                 chat=measuring.render_messages,
             )  # fmt: skip
     if spec.format == "gguf":
+        from edgeslm.stages import export_gguf
+
         return export_gguf.run(
             checkpoint, spec, file or scratch / "model.gguf", importance=importance, progress=progress
         )
+    from edgeslm.stages import export_decoder
+
     return export_decoder.run(
         checkpoint, spec, scratch / "model.onnx", importance=importance, windows=windows, progress=progress
     )
