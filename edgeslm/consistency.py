@@ -113,6 +113,11 @@ def check_quantize(spec: QuantizeSpec, task: str, where: str) -> None:
             f"{where} scheme = 'int8-static' has no meaning for the task {task}",
             hint="fixed ranges of activations are for classifiers: take int8-dynamic",
         )
+    if spec.onnx.mobile and task == "causal-lm":
+        raise RecipeError(
+            f"{where} mobile has no meaning for the task {task}",
+            hint="model.ort keeps its weights inside and is for classifiers: leave it out",
+        )
     if spec.types and task != "causal-lm":
         raise RecipeError(
             f"{where} types has no meaning for the task {task}", hint="set sensitive in [quantize.onnx]"

@@ -135,6 +135,7 @@ def test_defaults_and_frozen(tmp_path: Path) -> None:
         (TOP + "[quantize]\nformat = 'onnx'\nscheme = 'int8-static'", ["int8-static", "causal-lm"]),
         (TOP + "[quantize]\nformat = 'gguf'\nscheme = 'int4'", ["scheme = 'int4'", "Q4_K_M"]),
         (CLASSES + "[quantize]\nformat = 'onnx'\n[quantize.types]\n'.*' = 'Q8_0'", ["types", "sensitive"]),
+        (TOP + "[quantize]\nformat = 'onnx'\n[quantize.onnx]\nmobile = true", ["mobile", "classifiers"]),
         (TOP + "[quantize.onnx]\nblock = 48", ["block = 48", "one of 16, 32, 64, 128"]),
         (CLASSES + "[decide.prior]\nspam = 2", ["[decide.prior] spam = 2"]),
         (CLASSES + "[columns]\nordinal = true", ["ordinal = true", "labels = "]),
