@@ -89,12 +89,11 @@ def manifest_parts(recipe: Recipe | None, exported: Exported, learned: Learned) 
         labels, trained, prior=dict(decide.prior) or None, costs=dict(decide.costs) or None
     )
     columns = learned.columns or (recipe.columns if recipe else ColumnsSpec())
-    has_windows = recipe is not None and recipe.task == "sensor-classification"
     return {
         "decision": decision.as_record(),
         "data": {
             "columns": asdict(columns),
-            "windows": asdict(recipe.windows) if recipe and has_windows else None,
+            "windows": asdict(recipe.windows) if recipe and recipe.task == "sensor-classification" else None,
             "licence": recipe.data.licence if recipe else None,
         },
     }

@@ -21,12 +21,12 @@ FILE_BYTES = 2**18
 
 LOOK = """
 import json, os, platform, sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 def of(name):
     try:
         return version(name)
-    except Exception:
+    except PackageNotFoundError:
         return None
 found = {"version": platform.python_version(), "executable": sys.executable,
          "edgeslm": find_spec("edgeslm") is not None, "edgeslm_version": of("edgeslm"), "runtime_version": of(%r)}

@@ -14,6 +14,13 @@ Render = Callable[[Messages, bool], str]
 """(messages, whether the beginning of an answer is asked for) -> text."""
 
 
+def template_of(tokenizer: Any) -> str | None:
+    """A tokenizer's chat template, of several the one called default; None without any."""
+    template = tokenizer.chat_template
+    template = template.get("default") if isinstance(template, dict) else template
+    return str(template) if template else None
+
+
 def renderer(tokenizer: Any, chat: Chat | None) -> Render:
     """Conversations as text by the tokenizer's template; chat: None for transformers' own way.
 
@@ -21,15 +28,14 @@ def renderer(tokenizer: Any, chat: Chat | None) -> Render:
     """
 
     def render(messages: Messages, asks: bool) -> str:
-        template = tokenizer.chat_template
-        template = template.get("default") if isinstance(template, dict) else template
+        template = template_of(tokenizer)
         if not template:
             raise DataError(
                 "the text has conversations and the model has no chat template",
                 hint="use plain text, or put the template into tokenizer_config.json",
             )
         if chat is not None:
-            return chat(str(template), messages, tokenizer.bos_token or "", tokenizer.eos_token or "", asks)
+            return chat(template, messages, tokenizer.bos_token or "", tokenizer.eos_token or "", asks)
         try:
             return str(
                 tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks)

@@ -21,13 +21,15 @@ import numpy as np
 
 from edgeslm.atomic import atomic_write
 from edgeslm.bundle import file_sha256
-from edgeslm.errors import EngineError, ModelError
+from edgeslm.errors import ModelError
 from edgeslm.progress import Quiet
 from edgeslm.stages import decoder_graph
+from edgeslm.stages.chats import template_of
 from edgeslm.stages.checkpoint import first_line
 from edgeslm.stages.export_onnx import TOKENIZER_NAME, Exported, plain_tokenizer
 from edgeslm.stages.graph_writer import save
-from edgeslm.stages.onnx_proof import ONNX_TYPES
+from edgeslm.stages.onnx_proof import interface
+from edgeslm.stages.onnx_session import load_onnxruntime
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -178,13 +180,7 @@ def run_once(path: Path, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
 
 def run_chunks(path: Path, chunks: Sequence[NDArray[np.int64]], name: str) -> list[NDArray[np.float32]]:
     """Logits [S, V] of each chunk of one text, every call going on with the cache of the one before."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EngineError(
-            "onnxruntime is not installed: what was exported can't be checked",
-            hint="pip install 'edgeslm[workstation]'",
-        ) from error
+    onnxruntime = load_onnxruntime("what was exported can't be checked")
     try:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors: that first_logit may be left out is no warning
@@ -254,20 +250,7 @@ def describe(path: Path) -> dict[str, Any]:
     except onnx.checker.ValidationError as error:
         raise ModelError(f"{path.name}: the ONNX file is not valid: {first_line(error)}") from error
     model = onnx.load(path, load_external_data=False)
-    return {
-        "opset": next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx")),
-        "ir_version": model.ir_version,
-        "operators": sorted({f"{node.domain or 'ai.onnx'}:{node.op_type}" for node in model.graph.node}),
-        "inputs": [_declared(value) for value in model.graph.input],
-        "outputs": [_declared(value) for value in model.graph.output],
-    }
-
-
-def _declared(value: Any) -> dict[str, Any]:
-    """{name, type, shape} of a graph's input or output; a dimension of any size is its name."""
-    tensor = value.type.tensor_type
-    shape = [axis.dim_param or axis.dim_value for axis in tensor.shape.dim]
-    return {"name": value.name, "type": ONNX_TYPES[tensor.elem_type], "shape": shape}
+    return interface(model)
 
 
 def float_plan(graph: decoder_graph.Graph) -> dict[str, Any]:
@@ -285,9 +268,7 @@ def float_plan(graph: decoder_graph.Graph) -> dict[str, Any]:
 
 def _write_template(tokenizer: Any, path: Path) -> None:
     """The chat template beside; of several the one called default."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
+    template = template_of(tokenizer)
     if template:
         atomic_write(path, template)
     else:

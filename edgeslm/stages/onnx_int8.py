@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edgeslm.errors import DataError, EngineError, ModelError, RecipeError
+from edgeslm.errors import DataError, ModelError, RecipeError
 from edgeslm.progress import Quiet
 from edgeslm.stages import onnx_ranges
 from edgeslm.stages.checkpoint import first_line
 from edgeslm.stages.onnx_rewrite import Rewriter, Weight
+from edgeslm.stages.onnx_session import load_onnxruntime
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -236,13 +237,7 @@ def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _logits(data: bytes, feeds: Sequence[Feed]) -> NDArray[np.float64]:
     """[B, L] of a graph, one example at a time: padding would be part of a dynamic range."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EngineError(
-            "onnxruntime is not installed: what was quantized can't be checked",
-            hint="pip install 'edgeslm[workstation]'",
-        ) from error
+    onnxruntime = load_onnxruntime("what was quantized can't be checked")
     if not feeds:
         return np.empty((0, 0))
     try:

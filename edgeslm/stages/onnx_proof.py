@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.errors import EngineError, ModelError
+from edgeslm.errors import ModelError
 from edgeslm.stages.checkpoint import first_line
+from edgeslm.stages.onnx_session import load_onnxruntime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -83,13 +84,7 @@ def prove(data: bytes, traced: Traced, name: str) -> None:
 
 def _run(data: bytes, traced: Traced, name: str) -> NDArray[np.float32]:
     """[B, L] logits of the probe's padded batch."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EngineError(
-            "onnxruntime is not installed: what was exported can't be checked",
-            hint="pip install 'edgeslm[workstation]'",
-        ) from error
+    onnxruntime = load_onnxruntime("what was exported can't be checked")
     try:
         session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
         names = list(traced.axes)
@@ -123,14 +118,18 @@ def describe(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         "types": types,
         "fallbacks": [],
     }
-    interface = {
+    return plan, interface(model)
+
+
+def interface(model: Any) -> dict[str, Any]:
+    """Opset, IR version, operators, inputs and outputs of a ModelProto, as a manifest's model has them."""
+    return {
         "opset": next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx")),
         "ir_version": model.ir_version,
         "operators": sorted({f"{node.domain or 'ai.onnx'}:{node.op_type}" for node in _nodes(model.graph)}),
         "inputs": [_declared(value) for value in model.graph.input],
         "outputs": [_declared(value) for value in model.graph.output],
     }
-    return plan, interface
 
 
 def _nodes(graph: Any) -> Iterator[Any]:

@@ -22,18 +22,24 @@ FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
+def load_onnxruntime(without: str) -> Any:
+    """The module; EngineError, which says what can't be done without it, where it is missing."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(
+            f"onnxruntime is not installed: {without}", hint="pip install 'edgeslm[workstation]'"
+        ) from error
+    return onnxruntime
+
+
 def open_session(model: Any, folder: Path, *, threads: int = 0) -> Any:
     """An onnxruntime.InferenceSession of a ModelProto whose external data lie in `folder`.
 
     threads: 0: as many as there are cores.  Raises EngineError without onnxruntime, ModelError for a graph
     that it refuses.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EngineError(
-            "onnxruntime is not installed", hint="pip install 'edgeslm[workstation]'"
-        ) from error
+    onnxruntime = load_onnxruntime("nothing can be measured on the graph")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
