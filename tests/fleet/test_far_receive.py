@@ -174,11 +174,17 @@ exec(code, {"__name__": "__main__"})
 
 
 def receive_new(folder: Path, limit: int) -> tuple[int, str]:
-    """A deployment of NEW that is killed at its call number `limit` of a C function: (status, last line)."""
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", KILL, str(limit), str(SCRIPT)],
-        input=request(folder, "two", NEW) + NEW["model.gguf"], capture_output=True, check=False,
-    )  # fmt: skip
+    """A deployment of NEW that is killed at its call number `limit` of a C function: (status, last line).
+
+    Its input is a file: how often a pipe has to be read, and so the number of calls, differs from run to run.
+    """
+    sent = folder.with_suffix(".sent")
+    sent.write_bytes(request(folder, "two", NEW) + NEW["model.gguf"])
+    with sent.open("rb") as source:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", KILL, str(limit), str(SCRIPT)],
+            stdin=source, capture_output=True, check=False,
+        )  # fmt: skip
     return done.returncode, (done.stdout.decode().splitlines() or [""])[-1]
 
 
