@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from edgeslm.device import probe
+from edgeslm.versions import TRANSFORMERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -46,6 +47,8 @@ class Engine:
     name: str
     module: str
     extra: str
+    release: str = ""
+    """The beginning of the version that edgeslm needs; "" any."""
 
 
 PURPOSES = {"gguf": "run GGUF files", "onnx": "run ONNX bundles", "workstation": "make bundles"}
@@ -57,7 +60,7 @@ ENGINES = (
     Engine(name="gguf", module="gguf", extra="workstation"),
     Engine(name="safetensors", module="safetensors", extra="workstation"),
     Engine(name="torch", module="torch", extra="workstation"),
-    Engine(name="transformers", module="transformers", extra="workstation"),
+    Engine(name="transformers", module="transformers", extra="workstation", release=TRANSFORMERS),
     Engine(name="peft", module="peft", extra="workstation"),
 )
 
@@ -125,7 +128,7 @@ def _judge(
     if found is None or outcome is None:
         return "not installed", f"to {PURPOSES[engine.extra]} here: {INSTALL[engine.extra]}"
     if outcome.returncode == 0:
-        return "", ""
+        return _judge_release(engine, found)
     if outcome.returncode is None:
         return outcome.error, f"{engine.name}: {outcome.error}; try again on an idle machine"
     name = _signal_name(outcome.returncode)
@@ -138,6 +141,16 @@ def _judge(
     cpu = f"{machine.get('cpu_model') or 'this processor'} (which has: {sets})"
     why = f"illegal instruction: the wheel was built for a processor with more than {cpu}"
     return why, f"{engine.name} {found} can't run on {cpu}; {rebuild}"
+
+
+def _judge_release(engine: Engine, found: str) -> tuple[str, str]:
+    needed = engine.release.split(".") if engine.release else []
+    if found.split(".")[: len(needed)] == needed:
+        return "", ""
+    return (
+        f"edgeslm needs {engine.release}",
+        f"{engine.name} {found} is not what edgeslm knows: pip install '{engine.name}=={engine.release}.*'",
+    )
 
 
 def _failed_import_hint(engine: Engine, found: str, error: str) -> str:

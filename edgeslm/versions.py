@@ -11,6 +11,9 @@ PACKAGES = ("llama_cpp_python", "onnxruntime", "numpy", "tokenizers", "gguf", "o
             "accelerate", "peft", "scikit-learn")  # fmt: skip
 """What a result's bytes or figures may depend on."""
 
+TRANSFORMERS = "4.57"
+"""The release of transformers whose modules the exporters and loaders know: 5 has moved and renamed some."""
+
 
 def engine_versions() -> dict[str, str | None]:
     """Versions that a result depends on, by package metadata: nothing is imported.  None: not installed."""

@@ -18,12 +18,15 @@ PI4: dict[str, Any] = {
 }  # fmt: skip
 
 
+VERSIONS = {engine.name: engine.release or "1.2" for engine in ENGINES}
+
+
 def examine(outcomes: dict[str, Outcome], machine: dict[str, Any] = PI4) -> dict[str, Any]:
-    """A diagnosis of a machine on which just the modules in `outcomes` are installed, as version 1.2."""
+    """A diagnosis of a machine on which just the modules in `outcomes` are installed, in VERSIONS."""
     modules = {engine.name: engine.module for engine in ENGINES}
     return diagnose(
         machine=machine,
-        installed=lambda name: "1.2" if modules[name] in outcomes else None,
+        installed=lambda name: VERSIONS[name] if modules[name] in outcomes else None,
         attempt=lambda module: outcomes[module],
     )
 
@@ -37,8 +40,10 @@ def test_all_is_well() -> None:
     assert record["schema"] == "edgeslm.doctor/1"
     assert record["machine"] == PI4
     assert [one["name"] for one in record["engines"]] == [one.name for one in ENGINES]
-    assert all(one == {"name": one["name"], "version": "1.2", "imports": True, "detail": ""}
-               for one in record["engines"])  # fmt: skip
+    assert record["engines"] == [
+        {"name": name, "version": version, "imports": True, "detail": ""}
+        for name, version in VERSIONS.items()
+    ]
     assert record["advice"] == []
 
 
@@ -49,6 +54,16 @@ def test_nothing_is_installed() -> None:
     assert len(record["advice"]) == 3, "one for each engine that runs models, one for making them"
     for extra, line in zip(("gguf", "onnx", "workstation"), record["advice"], strict=True):
         assert f"pip install 'edgeslm[{extra}]'" in line
+
+
+def test_another_release_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VERSIONS, "transformers", "5.23.0")
+    record = examine({one.module: Outcome(returncode=0) for one in ENGINES})
+    found = engine(record, "transformers")
+    assert (found["imports"], found["detail"]) == (True, "edgeslm needs 4.57")
+    assert record["advice"] == [
+        "transformers 5.23.0 is not what edgeslm knows: pip install 'transformers==4.57.*'"
+    ]
 
 
 def test_illegal_instruction_names_the_processor_and_the_way_out() -> None:

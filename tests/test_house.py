@@ -47,7 +47,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": {"errors", "device", "versions"},
     "traps": {"operators", *FILES},
     "inspection": {"errors", "bundle", "footprint", "traps", "operators", *FILES, "stages.checkpoint"},
-    "stages": {"errors", "progress", "atomic", "specs", "recipe", "device", "bundle", "readings", *FILES, "stages"},
+    "stages": {
+        "errors", "progress", "atomic", "versions", "specs", "recipe", "device", "bundle", "readings", *FILES, "stages",
+    },
     "runtime": {"errors", "progress", "bundle", "gguf_file", "onnx_file", "operators", "readings", "runtime"},
     "bench": {
         "errors", "progress", "atomic", "wording", "wording_learning", "wording_power", "device", "versions", "bundle",

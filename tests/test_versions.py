@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 
-from edgeslm.versions import chosen_versions, engine_versions
+from edgeslm.versions import TRANSFORMERS, chosen_versions, engine_versions
 
 
 def test_engine_versions_import_nothing() -> None:
@@ -18,3 +21,12 @@ def test_chosen_versions() -> None:
     assert chosen_versions("edgeslm", "numpy") == {
         name: engine_versions()[name] for name in ("edgeslm", "numpy")
     }
+
+
+def test_the_package_asks_for_the_release_of_transformers_that_it_checks() -> None:
+    root = Path(__file__).parents[1]
+    first, second = (int(part) for part in TRANSFORMERS.split("."))
+    assert f'"transformers>={first}.{second},<{first}.{second + 1}"' in (root / "pyproject.toml").read_text()
+    assert re.search(
+        rf"^transformers=={re.escape(TRANSFORMERS)}\.", (root / "constraints.txt").read_text(), re.M
+    )

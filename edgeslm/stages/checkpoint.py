@@ -22,6 +22,7 @@ from edgeslm.errors import ModelError
 from edgeslm.gguf_file import GgufFile, read_gguf
 from edgeslm.progress import Progress, Quiet
 from edgeslm.safetensors_file import read_checkpoint
+from edgeslm.stages.libraries import need_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,13 +113,7 @@ class Checkpoint:
         loading when the weights do not fit, and when transformers does not know the architecture.
         """
         self._check_memory(memory_bytes or probe()["memory_available_bytes"])
-        try:
-            import torch  # noqa: F401
-            import transformers  # noqa: F401
-        except ImportError as error:
-            raise ModelError(
-                f"{self.name}: loading it needs {error.name}", hint="pip install 'edgeslm[workstation]'"
-            ) from error
+        need_transformers(self.name)
         if self.kind == "gguf":
             from edgeslm.stages.gguf_model import load_gguf_model
 
@@ -131,6 +126,7 @@ class Checkpoint:
 
     def tokenizer(self) -> Any:
         """A tokenizer of transformers for this model; for a GGUF file, built of the file's own vocabulary."""
+        need_transformers(self.name)
         if self.kind == "gguf":
             from edgeslm.stages.gguf_tokenizer import build_tokenizer
 

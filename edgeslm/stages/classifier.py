@@ -15,6 +15,7 @@ import numpy as np
 from edgeslm.errors import ModelError
 from edgeslm.safetensors_file import read_safetensors
 from edgeslm.stages.checkpoint import first_line, silent_transformers
+from edgeslm.stages.libraries import need_transformers
 from edgeslm.stages.saving import ancestry
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def load_encoder(checkpoint: Checkpoint) -> Any:
     """The model without any head: states of all tokens.  Raises ModelError."""
     if checkpoint.kind == "gguf":
         return checkpoint.load().base_model
+    need_transformers(checkpoint.name)
     import torch
     from transformers import AutoModel
 
@@ -172,6 +174,7 @@ def _labels(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _from_pretrained(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[Any, list[str]]:
+    need_transformers(checkpoint.name)
     import torch
     from transformers import AutoModelForSequenceClassification
 
