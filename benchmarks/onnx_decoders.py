@@ -2,8 +2,8 @@
 
     python benchmarks/onnx_decoders.py MODEL -p 128 -n 64 -t 2
 
-MODEL is a Hugging Face directory.  All three export it in float32 (optimum and genai into --cache, once); then,
-in one run, each in a process of its own, in turn, the order turned each time, `--pairs` times:
+MODEL is a Hugging Face directory.  All three export it in float32 (optimum and genai into --cache, once); then
+these run in turn, `--pairs` times (see pairs.py):
 
     edgeslm, builder, optimum   the graph in the same loop: buffers of the cache shared by past and present where
                                 the graph can, handed on without a copy where it can't; logits of all positions
@@ -12,8 +12,7 @@ in one run, each in a process of its own, in turn, the order turned each time, `
     ORTModelForCausalLM         optimum's own generate on optimum's graph
     edgeslm int4                edgeslm's graph with 4-bit weights (with --int4), in the same loop
 
-Each round gives ratios to ORTModelForCausalLM of the fastest repetitions, as other work on the machine only ever
-adds time; printed is the median over the rounds with the 95 % interval of a bootstrap over them.
+Ratios are to ORTModelForCausalLM.
 Exits with 1 if edgeslm's graph decodes or prefills slower than 0.97 of the builder's or of optimum's.
 """
 
@@ -22,13 +21,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Any
 
 import peer
+from pairs import GENAI, TOLD, Ratio, in_turn, output_of, ratio
 
 from edgeslm.runtime.host import usable_cores
 
@@ -121,33 +121,7 @@ for repetition in range(repetitions + 1):
         prefill.append(prompt / (filled - start))
         steps.append(decode / (end - filled))
 """,
-    "genai": """
-import json, sys, time
-import numpy as np, onnxruntime_genai as genai
-folder, prompt, decode, threads, repetitions = sys.argv[1], *map(int, sys.argv[2:])
-config = genai.Config(folder)
-config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
-model = genai.Model(config)
-tokens = np.random.default_rng(0).integers(100, 30000, prompt).astype(np.int32)
-prefill, steps = [], []
-for repetition in range(repetitions + 1):
-    parameters = genai.GeneratorParams(model)
-    length = prompt + decode + 1
-    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
-    generator = genai.Generator(model, parameters)
-    start = time.perf_counter()
-    generator.append_tokens(tokens[None])
-    generator.generate_next_token()
-    filled = time.perf_counter()
-    found = [int(generator.get_next_tokens()[0])]
-    for _ in range(decode):
-        generator.generate_next_token()
-        found.append(int(generator.get_next_tokens()[0]))
-    end = time.perf_counter()
-    if repetition:
-        prefill.append(prompt / (filled - start))
-        steps.append(decode / (end - filled))
-""",
+    "genai": GENAI,
     "ortmodel": """
 import json, sys, time
 import numpy as np, onnxruntime, torch
@@ -172,11 +146,6 @@ for repetition in range(repetitions + 1):
         steps.append(decode / (whole - first))
 """,
 }
-TOLD = """
-status = open("/proc/self/status").read()
-peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-print(json.dumps({"prefill": prefill, "decode": steps, "tokens": found, "peak_rss_bytes": peak}))
-"""
 CONTENDERS = {
     "edgeslm": ("graph", "edgeslm"),
     "builder": ("graph", "builder"),
@@ -192,10 +161,7 @@ def main() -> int:
     arguments = parse(sys.argv[1:])
     names = [name for name in CONTENDERS if arguments.int4 or "int4" not in name]
     exports = {name: export(name, arguments) for name in EXPORTS if arguments.int4 or "int4" not in name}
-    rounds: list[dict[str, Run]] = []
-    for number in range(arguments.pairs):
-        turned = names[number % len(names) :] + names[: number % len(names)]
-        rounds.append({name: measure(name, exports, arguments) for name in turned})
+    rounds = in_turn({name: partial(measure, name, exports, arguments) for name in names}, arguments.pairs)
     rows = [row(rounds, name) for name in names]
     if not arguments.as_json:
         print(
@@ -204,8 +170,8 @@ def main() -> int:
         for each in rows:
             print(
                 f"{each['name']:>20}{each['prefill_tokens_per_s']:10.1f}{each['decode_tokens_per_s']:10.1f}"
-                f"{each['peak_rss_bytes'] / 2**20:10.0f}{shown(each['prefill_ratio']):>25}"
-                f"{shown(each['decode_ratio']):>25}"
+                f"{each['peak_rss_bytes'] / 2**20:10.0f}{Ratio(**each['prefill_ratio'])!s:>25}"
+                f"{Ratio(**each['decode_ratio'])!s:>25}"
             )
     same = {tuple(rounds[0][name]["tokens"]) for name in names if "int4" not in name}
     ours = {what: against(rounds, "edgeslm", ("builder", "optimum"), what) for what in ("prefill", "decode")}
@@ -245,27 +211,21 @@ def row(rounds: Sequence[dict[str, Run]], name: str) -> dict[str, Any]:
         "prefill_tokens_per_s": statistics.median(max(each[name]["prefill"]) for each in rounds),
         "decode_tokens_per_s": statistics.median(max(each[name]["decode"]) for each in rounds),
         "peak_rss_bytes": max(each[name]["peak_rss_bytes"] for each in rounds),
-        "prefill_ratio": ratio(rounds, name, BASE, "prefill"),
-        "decode_ratio": ratio(rounds, name, BASE, "decode"),
+        "prefill_ratio": asdict(compare(rounds, name, BASE, "prefill")),
+        "decode_ratio": asdict(compare(rounds, name, BASE, "decode")),
     }
 
 
-def ratio(rounds: Sequence[dict[str, Run]], name: str, other: str, what: str) -> list[float]:
-    """[median over the rounds, and the ends of its 95 % interval] of name / other."""
-    ratios = [max(each[name][what]) / max(each[other][what]) for each in rounds]
-    random = Random(0)
-    resampled = sorted(statistics.median(random.choices(ratios, k=len(ratios))) for _ in range(1000))
-    return [statistics.median(ratios), resampled[25], resampled[974]]
+def compare(rounds: Sequence[dict[str, Run]], name: str, other: str, what: str) -> Ratio:
+    """Of both fastest repetitions in each round."""
+    ours, theirs = ([max(each[one][what]) for each in rounds] for one in (name, other))
+    return ratio(ours, theirs)
 
 
 def against(
     rounds: Sequence[dict[str, Run]], name: str, others: Sequence[str], what: str
 ) -> dict[str, float]:
-    return {f"{what} / {other}": ratio(rounds, name, other, what)[0] for other in others}
-
-
-def shown(of: Sequence[float]) -> str:
-    return f"{of[0]:.3f} ({of[1]:.3f} - {of[2]:.3f})"
+    return {f"{what} / {other}": compare(rounds, name, other, what).median for other in others}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -283,15 +243,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", dest="as_json", action="store_true", help="print the JSON document only")
     parser.add_argument("--cache", type=Path, default=peer.CACHE, help="where exports are kept")
     return parser.parse_args(arguments)
-
-
-def output_of(command: Sequence[str]) -> str:
-    """Standard output of a command.  Raises SystemExit with its errors when it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode != 0:
-        shortened = [part if len(part) < 200 else "..." for part in command]
-        raise SystemExit(f"{' '.join(shortened)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    return done.stdout
 
 
 if __name__ == "__main__":

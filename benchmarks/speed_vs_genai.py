@@ -3,10 +3,8 @@
     python benchmarks/speed_vs_genai.py BUNDLE GENAI_DIRECTORY -p 128 -n 64 -t 2
 
 GENAI_DIRECTORY is what onnxruntime_genai's model builder wrote (genai_config.json, model.onnx); with --same
-its graph also runs in edgeslm's runner, so that runner and graph can be told apart.  Each program runs whole in
-a process of its own, in turn, `--pairs` times, the order turned each time, so that a slower minute of the machine
-hits all.  Each pair gives the ratio of its fastest repetitions, as other work on the machine only ever adds
-time; printed is the median of the pairs with the 95 % interval of a bootstrap over them.
+its graph also runs in edgeslm's runner, so that runner and graph can be told apart.  Both run in turn, `--pairs`
+times (see pairs.py).
 genai's prefill is append_tokens and the choice of the first token; its decode is greedy, generate_next_token
 and get_next_tokens per token.  Memory is the peak of the whole process with its tokenizer loaded.
 Exits with 1 if decode is slower than genai's, prefill than 0.95 of it, or the peak above 1.1 of its own.
@@ -18,12 +16,12 @@ import argparse
 import json
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Any
+
+from pairs import GENAI, TOLD, in_turn, output_of, ratio
 
 from edgeslm.bundle import write_bundle
 from edgeslm.runtime.host import usable_cores
@@ -32,40 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     Run = dict[str, Any]
-    """{"prefill": [tokens/s of each repetition], "decode": [...], "peak_rss_bytes": int}."""
+    """{"prefill": [tokens/s of each repetition], "decode": [...], "tokens": [...], "peak_rss_bytes": int}."""
 
 DECODE, PREFILL, MEMORY = 1.0, 0.95, 1.1
 """Least ratio of decode and prefill, most of the peak."""
-GENAI = """
-import json, sys, time
-import numpy as np, onnxruntime_genai as genai
-path, prompt, decode, threads, repetitions = sys.argv[1], *map(int, sys.argv[2:])
-config = genai.Config(path)
-config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
-model = genai.Model(config)
-tokenizer = genai.Tokenizer(model)
-tokens = np.random.default_rng(0).integers(100, 40000, prompt).astype(np.int32)
-prefill, steps = [], []
-for repetition in range(repetitions + 1):
-    parameters = genai.GeneratorParams(model)
-    length = prompt + decode + 1
-    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
-    generator = genai.Generator(model, parameters)
-    start = time.perf_counter()
-    generator.append_tokens(tokens[None])
-    generator.generate_next_token()
-    filled = time.perf_counter()
-    for _ in range(decode):
-        generator.generate_next_token()
-        generator.get_next_tokens()
-    end = time.perf_counter()
-    if repetition:
-        prefill.append(prompt / (filled - start))
-        steps.append(decode / (end - filled))
-status = open("/proc/self/status").read()
-peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-print(json.dumps({"prefill": prefill, "decode": steps, "peak_rss_bytes": peak}))
-"""
 EDGESLM = """
 import json, sys, time
 import numpy as np
@@ -73,7 +41,7 @@ from edgeslm.bundle import open_bundle
 from edgeslm.runtime.runner import RunnerOptions, open_runner
 path, prompt, decode, threads, repetitions = sys.argv[1], *map(int, sys.argv[2:])
 runner = open_runner(open_bundle(path), RunnerOptions(threads=threads, context=prompt + decode + 1))
-tokens = np.random.default_rng(0).integers(100, 40000, prompt).tolist()
+tokens = np.random.default_rng(0).integers(100, 30000, prompt).tolist()
 prefill, steps = [], []
 for repetition in range(repetitions + 1):
     runner.reset()
@@ -81,16 +49,15 @@ for repetition in range(repetitions + 1):
     runner.prefill(tokens)
     token = int(runner.last_logits().argmax())
     filled = time.perf_counter()
+    found = [token]
     for _ in range(decode):
         runner.step(token)
         token = int(runner.last_logits().argmax())
+        found.append(token)
     end = time.perf_counter()
     if repetition:
         prefill.append(prompt / (filled - start))
         steps.append(decode / (end - filled))
-status = open("/proc/self/status").read()
-peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-print(json.dumps({"prefill": prefill, "decode": steps, "peak_rss_bytes": peak}))
 """
 
 
@@ -104,11 +71,7 @@ def main() -> int:
         if arguments.same:
             same = bundle_of_builder(arguments.bundle, arguments.genai, Path(folder) / "same")
             runs["same graph"] = lambda: run(EDGESLM, same, arguments)
-        rounds = []
-        for number in range(arguments.pairs):
-            names = list(runs)
-            turned = names[number % len(names) :] + names[: number % len(names)]
-            rounds.append({name: runs[name]() for name in turned})
+        rounds = in_turn(runs, arguments.pairs)
     rows = [
         compare(rounds, name, what)
         for name in runs
@@ -132,28 +95,23 @@ def compare(rounds: Sequence[dict[str, Run]], name: str, what: str) -> dict[str,
         return one["peak_rss_bytes"] / 2**20 if what == "memory" else float(max(one[what]))
 
     ours, theirs = ([figure(each[program]) for each in rounds] for program in (name, "genai"))
-    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
-    random = Random(0)
-    resampled = sorted(statistics.median(random.choices(ratios, k=len(ratios))) for _ in range(1000))
+    found = ratio(ours, theirs)
     return {
         "name": name,
         "what": what,
         "unit": "MiB" if what == "memory" else "tokens/s",
         "edgeslm": statistics.median(ours),
         "genai": statistics.median(theirs),
-        "ratio": statistics.median(ratios),
-        "ratio_low": resampled[25],
-        "ratio_high": resampled[974],
+        "ratio": found.median,
+        "ratio_low": found.low,
+        "ratio_high": found.high,
     }
 
 
 def run(program: str, path: Path, arguments: argparse.Namespace) -> Run:
     sizes = (arguments.prompt_tokens, arguments.decode_tokens, arguments.threads, arguments.repetitions)
-    command = [sys.executable, "-c", program, str(path), *map(str, sizes)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"{path}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    found: Run = json.loads(done.stdout.splitlines()[-1])
+    output = output_of([sys.executable, "-c", program + TOLD, str(path), *map(str, sizes)])
+    found: Run = json.loads(output.splitlines()[-1])
     return found
 
 

@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Any
 
 import peer
+from pairs import in_turn, output_of, ratio
 
 from edgeslm.runtime.engine import load_engine
 from edgeslm.runtime.host import usable_cores
@@ -47,10 +45,7 @@ def main() -> int:
         "edgeslm": lambda: edgeslm_speeds(arguments),
         "llama-bench": lambda: llama_bench_speeds(arguments, tools),
     }
-    pairs: list[dict[str, Speeds]] = []
-    for number in range(arguments.pairs):
-        order = list(commands) if number % 2 == 0 else reversed(commands)
-        pairs.append({name: commands[name]() for name in order})
+    pairs = in_turn(commands, arguments.pairs)
     rows = [compare(pairs, kind, tokens) for kind, tokens in pairs[0]["edgeslm"]]
     if not arguments.as_json:
         print(
@@ -70,18 +65,16 @@ def compare(pairs: Sequence[dict[str, Speeds]], kind: str, tokens: int) -> dict[
     """One size: both fastest repetitions, and the ratio over the pairs with its interval."""
     names = ("edgeslm", "llama-bench")
     ours, theirs = ([max(pair[name][kind, tokens]) for pair in pairs] for name in names)
-    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
     middle = [[statistics.median(pair[name][kind, tokens]) for pair in pairs] for name in names]
-    random = Random(0)
-    resampled = sorted(statistics.median(random.choices(ratios, k=len(ratios))) for _ in range(1000))
+    found = ratio(ours, theirs)
     return {
         "kind": kind,
         "tokens": tokens,
         "edgeslm_tokens_per_s": statistics.median(ours),
         "llama_bench_tokens_per_s": statistics.median(theirs),
-        "ratio": statistics.median(ratios),
-        "ratio_low": resampled[25],
-        "ratio_high": resampled[974],
+        "ratio": found.median,
+        "ratio_low": found.low,
+        "ratio_high": found.high,
         "ratio_of_medians": statistics.median(one / other for one, other in zip(*middle, strict=True)),
     }
 
@@ -109,7 +102,7 @@ def edgeslm_speeds(arguments: argparse.Namespace) -> Speeds:
         sys.executable, "-m", "edgeslm", "bench", str(arguments.model), "-p", arguments.prompt_tokens,
         "-n", arguments.decode_tokens, "-t", str(arguments.threads), "-r", str(arguments.repetitions), "--json",
     ]  # fmt: skip
-    record = json.loads(output_of(command, arguments.placement).splitlines()[-1])
+    record = json.loads(output_of(command, environment(arguments)).splitlines()[-1])
     return {
         (run["kind"], run["tokens"]): [run["tokens"] / sample for sample in run["samples_s"]]
         for run in record["runs"]
@@ -124,21 +117,14 @@ def llama_bench_speeds(arguments: argparse.Namespace, tools: Path) -> Speeds:
     if load_engine().has_amx:  # then the runner has the weights as they are, see runtime/llama.py
         command += ["--repack", "0"]
     speeds: Speeds = {}
-    for test in json.loads(output_of(command, arguments.placement)):
+    for test in json.loads(output_of(command, environment(arguments))):
         kind, tokens = ("prefill", test["n_prompt"]) if test["n_prompt"] else ("decode", test["n_gen"])
         speeds[kind, tokens] = [tokens / (sample / 1e9) for sample in test["samples_ns"]]
     return speeds
 
 
-def output_of(command: Sequence[str], placement: str) -> str:
-    """Standard output of a command.  Raises SystemExit with its errors when it fails."""
-    chosen = FIXED_PLACEMENT if placement == "fixed" else {}
-    done = subprocess.run(
-        command, env={**os.environ, **chosen}, capture_output=True, text=True, errors="replace", check=False
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    return done.stdout
+def environment(arguments: argparse.Namespace) -> dict[str, str]:
+    return FIXED_PLACEMENT if arguments.placement == "fixed" else {}
 
 
 if __name__ == "__main__":

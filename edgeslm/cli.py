@@ -225,9 +225,7 @@ def evaluate(
     "-p",
     "--prompt-tokens",
     callback=split_numbers,
-    default="512",
-    show_default=True,
-    help="Prefill lengths, as a list.",
+    help="Prefill lengths, or those of a classifier's texts, as a list.  [default: 512; texts: as long as is read]",
 )
 @click.option(
     "-n",
@@ -312,10 +310,10 @@ def bench(
     if power_log is not None and artifact.suffix == ".json":
         record = measure_again(artifact, power_log)
     elif open_bundle(artifact).is_classifier:
-        record = bench_classifier(artifact, batch_sizes=batch_sizes, **shared)
+        record = bench_classifier(artifact, batch_sizes=batch_sizes, tokens=prompt_tokens, **shared)
     else:
         record = bench_artifact(
-            artifact, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, **shared,
+            artifact, prompt_tokens=prompt_tokens or (512,), decode_tokens=decode_tokens, **shared,
             options=RunnerOptions(**options),
         )  # fmt: skip
     save(record, out)

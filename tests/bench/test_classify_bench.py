@@ -140,3 +140,17 @@ def test_impossible_sizes_are_refused(sizes: dict[str, Any], tmp_path: Path) -> 
 def test_what_is_no_classifier_is_refused(tiny_gguf: Path) -> None:
     with pytest.raises(BundleError, match="no classifier"):
         bench_classifier(tiny_gguf)
+
+
+@pytest.mark.usefixtures("short")
+def test_lengths_on_the_command_line(bundles: dict[str, Any]) -> None:
+    from click.testing import CliRunner
+
+    from edgeslm.cli import cli
+
+    for chosen, lengths in ((["-p", "3,5"], [3, 5]), ([], [6])):
+        done = CliRunner().invoke(
+            cli, ["bench", str(bundles["text"].path), *chosen, "-r", "1", "-t", "1", "--json"]
+        )
+        assert done.exit_code == 0, done.output
+        assert [run["tokens"] for run in json.loads(done.stdout)["runs"]] == lengths
