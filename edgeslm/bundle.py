@@ -23,6 +23,7 @@ from edgeslm.atomic import (
     write_flushed,
 )
 from edgeslm.errors import BundleError
+from edgeslm.onnx_file import data_file
 from edgeslm.progress import Quiet
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Bundle:
         """Bytes of the weights, the file that an ONNX graph keeps its data in included."""
         if self.manifest is None:
             return self.weights.stat().st_size
-        names = {self.weights.name, f"{self.weights.name}.data"}
+        names = {self.weights.name, data_file(self.weights).name}
         return sum(int(entry["bytes"]) for entry in self.manifest["files"] if entry["path"] in names)
 
     @cached_property

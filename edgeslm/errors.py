@@ -53,3 +53,8 @@ class GateError(EdgeslmError):
     """A built artifact that misses a bound of its recipe's gate."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, which may go on for pages."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

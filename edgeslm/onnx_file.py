@@ -95,6 +95,11 @@ class OnnxFile:
     outputs: tuple[str, ...]
 
 
+def data_file(path: Path) -> Path:
+    """Where a graph's weights lie that are not in its own file."""
+    return path.with_name(f"{path.name}.data")
+
+
 def read_onnx(path: Path) -> OnnxFile:
     """Read and check the structure of an ONNX file; ModelError for what is damaged or leads elsewhere."""
     try:

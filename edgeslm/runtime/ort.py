@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.errors import BundleError, DataError, EngineError, RecipeError
+from edgeslm.errors import BundleError, DataError, EngineError, RecipeError, first_line
 from edgeslm.onnx_file import read_onnx
 from edgeslm.runtime.host import usable_cores
-from edgeslm.runtime.ort_session import MAX_THREADS, check_operators, first_line, open_session
+from edgeslm.runtime.ort_session import MAX_THREADS, check_operators, open_session
 from edgeslm.runtime.posterior import Decision, read_decision
 from edgeslm.runtime.tokenizer import TOKENIZER_NAME, load_tokenizer
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.errors import EngineError, RecipeError
+from edgeslm.errors import EngineError, RecipeError, first_line
 from edgeslm.onnx_file import read_onnx
 from edgeslm.runtime.fit import check_fits, with_sizes
 from edgeslm.runtime.host import memory_bytes
 from edgeslm.runtime.ort_cache import new_cache
 from edgeslm.runtime.ort_graph import FIRST_LOGIT, read_facts, read_graph
-from edgeslm.runtime.ort_session import check_operators, first_line, open_session
+from edgeslm.runtime.ort_session import check_operators, open_session
 from edgeslm.runtime.tokenizer import TOKENIZER_NAME, TextTokenizer
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgeslm import operators
-from edgeslm.errors import EngineError, RecipeError
+from edgeslm.errors import EngineError, RecipeError, first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,11 +79,6 @@ def load_onnxruntime() -> Any:
             hint="pip install 'edgeslm[onnx]'",
         ) from error
     return onnxruntime
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a message that says anything."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _load(onnxruntime: Any, weights: Path, threads: int, provider: str) -> Any:

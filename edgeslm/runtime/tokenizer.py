@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from edgeslm.errors import BundleError
-from edgeslm.runtime.ort_session import first_line
+from edgeslm.errors import BundleError, first_line
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,12 +8,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgeslm.bundle import file_sha256
-from edgeslm.errors import ModelError
+from edgeslm.errors import ModelError, first_line
 from edgeslm.safetensors_file import read_safetensors
 from edgeslm.stages.checkpoint import (
     TOKENIZER_FILES,
     Checkpoint,
-    first_line,
     matching,
     model_directory,
     read_json,

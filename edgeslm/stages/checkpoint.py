@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgeslm.bundle import file_sha256, open_bundle
 from edgeslm.device import probe
-from edgeslm.errors import ModelError
+from edgeslm.errors import ModelError, first_line
 from edgeslm.gguf_file import GgufFile, read_gguf
 from edgeslm.progress import Progress, Quiet
 from edgeslm.safetensors_file import read_checkpoint
@@ -365,11 +365,6 @@ def tokenizer_digest(checkpoint: Checkpoint) -> str:
 def matching(directory: Path, patterns: tuple[str, ...]) -> set[Path]:
     """The files directly in `directory` whose names match one of the patterns."""
     return {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's message, which may go on for pages."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager

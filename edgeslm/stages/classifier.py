@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.errors import ModelError
+from edgeslm.errors import ModelError, first_line
 from edgeslm.safetensors_file import read_safetensors
-from edgeslm.stages.checkpoint import first_line, silent_transformers
+from edgeslm.stages.checkpoint import silent_transformers
 from edgeslm.stages.libraries import need_transformers
 from edgeslm.stages.saving import ancestry
 

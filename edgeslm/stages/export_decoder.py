@@ -21,11 +21,11 @@ import numpy as np
 
 from edgeslm.atomic import atomic_write
 from edgeslm.bundle import file_sha256
-from edgeslm.errors import ModelError
+from edgeslm.errors import ModelError, first_line
+from edgeslm.onnx_file import data_file
 from edgeslm.progress import Quiet
 from edgeslm.stages import decoder_graph
 from edgeslm.stages.chats import template_of
-from edgeslm.stages.checkpoint import first_line
 from edgeslm.stages.export_onnx import TOKENIZER_NAME, Exported, plain_tokenizer
 from edgeslm.stages.graph_writer import save
 from edgeslm.stages.onnx_proof import interface
@@ -92,7 +92,7 @@ def run(
         del model, graph
         prove(path, probe, expected, checkpoint.name)
         if spec.scheme == "F32":
-            for written in (_data(path), path):
+            for written in (data_file(path), path):
                 written.replace(out.with_name(written.name))
         else:
             plan = _quantize(path, out, spec, importance=importance, windows=windows, progress=progress)
@@ -116,15 +116,10 @@ def _quantize(
         plan = quantize_decoder(path, out, spec, importance=weights, windows=windows, progress=progress)
         run_once(out, np.arange(1, 9))
     except BaseException:
-        for written in (out, _data(out)):
+        for written in (out, data_file(out)):
             written.unlink(missing_ok=True)
         raise
     return {**plan, "importance": file_sha256(importance) if importance else None}
-
-
-def _data(path: Path) -> Path:
-    """The file of the weights beside a graph."""
-    return path.with_name(f"{path.name}.data")
 
 
 # --- the proof ---

@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeslm.atomic import atomic_write, replacing, write_flushed
-from edgeslm.errors import ModelError
+from edgeslm.errors import ModelError, first_line
 from edgeslm.progress import Quiet
 from edgeslm.specs import QuantizeSpec
 from edgeslm.stages import onnx_feeds, onnx_int8, onnx_mobile
-from edgeslm.stages.checkpoint import first_line
 from edgeslm.stages.onnx_proof import Traced, bare, describe, prove, prove_quantized, quantized_plan
 
 if TYPE_CHECKING:

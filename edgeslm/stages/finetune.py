@@ -19,10 +19,10 @@ import numpy as np
 
 from edgeslm.atomic import atomic_write, writing
 from edgeslm.device import probe
-from edgeslm.errors import ModelError, RecipeError
+from edgeslm.errors import ModelError, RecipeError, first_line
 from edgeslm.progress import Progress, Quiet
 from edgeslm.stages import saving
-from edgeslm.stages.checkpoint import first_line, silent_transformers
+from edgeslm.stages.checkpoint import silent_transformers
 from edgeslm.stages.classifier import (
     classification_loss,
     heldout_metrics,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeslm.atomic import replacing, write_flushed
+from edgeslm.onnx_file import data_file
 from edgeslm.progress import Quiet
 from edgeslm.stages.external_data import Writer
 
@@ -122,7 +123,7 @@ def save(
     progress = progress or Quiet()
     whole = onnx.ModelProto()
     whole.CopyFrom(model)
-    data = path.with_name(f"{path.name}.data")
+    data = data_file(path)
     total = sum(array.nbytes for array in weights.values())
     with ExitStack() as stack:
         beside = stack.enter_context(replacing(path))

@@ -47,12 +47,6 @@ def log_shares(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return (widened(logits) / temperature).clamp(min=FLOOR).log_softmax(-1)
 
 
-def shared_vocabulary(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both [..., V] logits over the tokens that both have: rows that pad a vocabulary are at its end."""
-    width = min(student.shape[-1], teacher.shape[-1])
-    return student[..., :width], teacher[..., :width]
-
-
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """[...] KL(teacher || student) in nats of [..., V] log-probabilities."""
     return (teacher.exp() * (teacher - student)).sum(-1)
@@ -86,17 +80,6 @@ def soft_loss(student: Tensor, teacher: Tensor, temperature: float, divergence: 
     """
     ours, theirs = log_shares(student, temperature), log_shares(teacher, temperature)
     return temperature**2 * divergence_of(ours, theirs, divergence).sum()
-
-
-def kl_to_teacher(
-    student: Tensor, teacher: Tensor, mask: Tensor, temperature: float, divergence: str = "forward"
-) -> Tensor:
-    """`soft_loss` over the counted positions and the shared vocabulary.
-
-    student: [B, S, V] logits.  teacher: [B, S, V'] logits.  mask: [B, S], true = counted.
-    """
-    ours, theirs = shared_vocabulary(student[mask], teacher[mask])
-    return soft_loss(ours, theirs, temperature, divergence)
 
 
 def top_k(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:

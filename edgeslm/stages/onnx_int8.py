@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edgeslm.errors import DataError, ModelError, RecipeError
+from edgeslm.errors import DataError, ModelError, RecipeError, first_line
 from edgeslm.progress import Quiet
 from edgeslm.stages import onnx_ranges
-from edgeslm.stages.checkpoint import first_line
 from edgeslm.stages.onnx_rewrite import Rewriter, Weight
 from edgeslm.stages.onnx_session import load_onnxruntime
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from edgeslm.atomic import replacing, write_flushed
-from edgeslm.errors import EngineError, ModelError
-from edgeslm.stages.checkpoint import first_line
+from edgeslm.errors import EngineError, ModelError, first_line
 
 NAMES = ("model.ort", "required_operators.config")
 PLATFORMS = {None: "arm", "arm64": "arm", "avx2": "amd64", "avx512-vnni": "amd64"}

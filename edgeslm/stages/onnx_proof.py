@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.errors import ModelError
-from edgeslm.stages.checkpoint import first_line
+from edgeslm.errors import ModelError, first_line
 from edgeslm.stages.onnx_session import load_onnxruntime
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.errors import ModelError
-from edgeslm.stages.checkpoint import first_line
+from edgeslm.errors import ModelError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeslm.errors import EngineError, ModelError
-from edgeslm.stages.checkpoint import first_line
+from edgeslm.errors import EngineError, ModelError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -21,6 +21,7 @@ import numpy as np
 from edgeslm.atomic import replacing
 from edgeslm.device import probe
 from edgeslm.errors import DataError, ModelError, RecipeError
+from edgeslm.onnx_file import data_file
 from edgeslm.progress import Quiet
 from edgeslm.stages import external_data, gptq, nbits, onnx_nodes
 from edgeslm.stages.onnx_linear import Linear, importance_of, linears
@@ -81,7 +82,7 @@ def quantize_decoder(
         hessians=gptq.Hessians(model_path, weights, windows, progress) if calibrated else None,
         threads=threads or probe()["usable_cores"] or 1,
     )  # fmt: skip
-    data_path = out_path.with_name(f"{out_path.name}.data")
+    data_path = data_file(out_path)
     with replacing(data_path) as data_beside, replacing(out_path) as beside:
         with data_beside.open("wb") as file:
             writer = external_data.Writer(file, data_path.name)

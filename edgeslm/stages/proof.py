@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeslm.atomic import writing
-from edgeslm.errors import ModelError
+from edgeslm.errors import ModelError, first_line
 from edgeslm.gguf_file import read_gguf
 from edgeslm.progress import Progress, Quiet
 from edgeslm.specs import QuantizeSpec
 from edgeslm.stages import export_gguf
 from edgeslm.stages.architectures import architecture_of
-from edgeslm.stages.checkpoint import first_line, model_directory, silent_transformers
+from edgeslm.stages.checkpoint import model_directory, silent_transformers
 from edgeslm.stages.rope import Config, head_dim
 from edgeslm.stages.saving import save_tokenizer
 

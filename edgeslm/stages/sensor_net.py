@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from edgeslm.atomic import atomic_write
-from edgeslm.errors import DataError, ModelError
-from edgeslm.stages.checkpoint import first_line, read_json
+from edgeslm.errors import DataError, ModelError, first_line
+from edgeslm.stages.checkpoint import read_json
 from edgeslm.stages.normalization import Normalization
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edgeslm.errors import DataError, EdgeslmError, ModelError
+from edgeslm.errors import DataError, EdgeslmError, ModelError, first_line
 from edgeslm.progress import Progress, Quiet
 from edgeslm.stages.chats import Chat, renderer
-from edgeslm.stages.checkpoint import first_line, silent_transformers
+from edgeslm.stages.checkpoint import silent_transformers
 from edgeslm.stages.data import render
 from edgeslm.stages.subwords import PLACEHOLDER, Subwords, special_ids
 
