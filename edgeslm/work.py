@@ -168,9 +168,13 @@ class Team(Protocol):
 def open_work(
     path: Path, force: frozenset[str], progress: Progress, team: Team | None = None
 ) -> Iterator[Work]:
-    """A work directory for one build at a time; what a killed build left is removed."""
+    """A work directory for one build at a time; what a killed build left is removed.
+
+    A build that fails before its first result leaves no new directory behind.
+    """
     import fcntl
 
+    is_new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     if team is not None and not team.is_main:
         yield Work(path=path, force=force, progress=Quiet(), team=team)
@@ -184,7 +188,12 @@ def open_work(
             ) from None
         for left in (*path.glob(".*.tmp-*"), *path.glob(".*.part")):
             shutil.rmtree(left, ignore_errors=True)
-        yield Work(path=path, force=force, progress=progress, team=team)
+        try:
+            yield Work(path=path, force=force, progress=progress, team=team)
+        except BaseException:
+            if is_new and not any(each.is_dir() and not each.name.startswith(".") for each in path.iterdir()):
+                shutil.rmtree(path, ignore_errors=True)
+            raise
         for left in path.glob(".*.part"):
             shutil.rmtree(left, ignore_errors=True)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from edgeslm.errors import DataError
 from edgeslm.progress import Quiet
 from edgeslm.work import open_work
 
@@ -107,3 +108,26 @@ def test_other_processes_compute_along_and_leave_the_writing_to_one(tmp_path: Pa
     others.join(timeout=10)
     assert sorted(calls) == [("pack", True), ("train", False), ("train", True)]
     assert len([path for path in (tmp_path / "work").iterdir() if path.is_dir()]) == 2
+
+
+def write_rows(directory: Path) -> None:
+    (directory / "rows").write_text("1")
+
+
+def test_a_failure_before_any_result_leaves_nothing(tmp_path: Path) -> None:
+    def refused(directory: Path) -> None:
+        raise DataError("holds no rows")
+
+    work = tmp_path / "out.work"
+    with pytest.raises(DataError), open_work(work, frozenset(), Quiet()) as store:
+        store.stage("data", {}, refused)
+    assert not work.exists()
+    with open_work(work, frozenset(), Quiet()) as store:
+        store.stage("data", {}, write_rows)
+        with pytest.raises(DataError):
+            store.stage("train", {}, refused)
+    assert [path.name.partition("-")[0] for path in work.iterdir() if path.is_dir()] == ["data"]
+    before = sorted(work.iterdir())
+    with pytest.raises(DataError), open_work(work, frozenset(), Quiet()) as store:
+        store.stage("prune", {}, refused)
+    assert sorted(work.iterdir()) == before
