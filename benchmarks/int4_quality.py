@@ -35,7 +35,7 @@ CONTEXT = 512
 DYNAMIC_TARGET = 0.05
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "int4": ("int4", {}),
-    "int4 rtn": ("int4", {"algorithm": "rtn"}),
+    **{f"int4 {name}": ("int4", {"algorithm": name}) for name in ("rtn", "hqq", "gptq", "k-quant")},
     "int4 block 32, symmetric": ("int4", {"block": 32, "symmetric": True}),
     "int4-int8": ("int4-int8", {"block": 64}),
     "int8": ("int8", {}),

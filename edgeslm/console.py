@@ -57,6 +57,11 @@ def quantize_text(record: Record) -> str:
         ("scheme", wording.text(plan.get("scheme"))),
         ("bits per weight", wording.significant(plan.get("bits_per_weight"))),
         ("importance", f"matrix {_digest(plan['importance'])}" if plan.get("importance") else "none"),
+        *(
+            [("accuracy level", wording.accuracy_level(plan))]
+            if plan.get("accuracy_level") is not None
+            else []
+        ),
         ("took", wording.duration(record.get("seconds"))),
     ]
     types = plan.get("types") or {}

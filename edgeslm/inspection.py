@@ -104,9 +104,9 @@ def _inspect_onnx(bundle: Bundle, context: int, *, verified: bool) -> Record:
     })  # fmt: skip
     quantization = manifest.get("quantization") or {}
     # A language model's levels are compared with each other; a classifier's loss was measured at the one it has.
-    held = (manifest.get("quality") or {}).get("accuracy_level")
+    held = (manifest.get("quality") or {}).get("accuracy_level") or quantization.get("accuracy_audit")
     lost = (quantization.get("onnx") or {}).get("kl_nats")
-    found = traps.onnx_traps(file, audited=held is not None or lost is not None)
+    found = traps.onnx_traps(file, audited=bool(held) or lost is not None)
     record = _record(
         path=bundle.path, kind="bundle", name=_printable(bundle.name), tensors=file.tensors.values(), shape=shape,
         architecture=_printable(model.get("architecture")) or None, file_bytes=bundle.size_bytes, tied=None,

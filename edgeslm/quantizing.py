@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeslm import classifying, language, measuring
+from edgeslm import classifying, gate, language, measuring
 from edgeslm.assembly import assemble
 from edgeslm.bundle import check_replaceable
 from edgeslm.consistency import check_quantize
@@ -20,7 +21,11 @@ from edgeslm.work import scratch_beside
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from edgeslm.stages.checkpoint import Checkpoint
+    from edgeslm.stages.export_onnx import Exported
 
 
 def quantize(
@@ -118,9 +123,29 @@ def _language(
         )
     from edgeslm.stages import export_decoder
 
-    return export_decoder.run(
+    exported = export_decoder.run(
         checkpoint, spec, scratch / "model.onnx", importance=importance, windows=windows, progress=progress
     )
+    level = exported.plan.get("accuracy_level")
+    return exported if windows is None or not level else _audited(exported, level, windows, progress)
+
+
+def _audited(exported: Exported, level: int, windows: NDArray[np.int64], progress: Progress) -> Exported:
+    """With what its accuracy level does to the calibration text, in the plan, and a warning where it is much."""
+    from edgeslm.stages import accuracy_level
+
+    audit = accuracy_level.audit(
+        exported.path, windows[: language.AUDIT_WINDOWS], levels=(0, level), progress=progress
+    )
+    kept = gate.level_agreement(audit)
+    warnings = list(exported.warnings)
+    if kept is not None and kept < gate.LEVEL_AGREEMENT:
+        warnings.append(
+            f"accuracy level {level} changes the likeliest token of {1 - kept:.1%} of {audit['tokens']:,} positions "
+            f"(more than {1 - gate.LEVEL_AGREEMENT:.0%}): 8-bit activations don't suit this model; "
+            "try --accuracy-level 0"
+        )
+    return replace(exported, plan={**exported.plan, "accuracy_audit": audit}, warnings=warnings)
 
 
 def is_matrix(calibration: str) -> bool:

@@ -122,6 +122,15 @@ def duration(seconds: float | None) -> str:
     return f"{seconds * 1e9:.0f} ns"
 
 
+def accuracy_level(plan: Mapping[str, Any]) -> str:
+    """What activations become in the products of an ONNX model, and what that changed on calibration text."""
+    level, audit = plan["accuracy_level"], plan.get("accuracy_audit")
+    if not audit:
+        return f"{level}{', not audited: --calibration TEXT does' if level else ''}"
+    kept = next((of["top1_agreement"] for of in audit["levels"] if of["level"] == level), None)
+    return f"{level}, level 0's likeliest token in {percent(kept)} of {count(audit['tokens'], 'position')}"
+
+
 def percent(fraction: float | None, decimals: int = 1) -> str:
     return NOT_AVAILABLE if fraction is None else f"{fraction * 100:.{decimals}f} %"
 

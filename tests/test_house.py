@@ -81,7 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "assembly": {"bundle", "card", "classifying", "language", "learning", "recipe", "versions"},
     "quantizing": {
         "errors", "progress", "specs", "recipe", "consistency", "bundle", "work", "measuring", "learning",
-        "language", "classifying", "assembly", "stages",
+        "language", "classifying", "assembly", "gate", "stages",
     },
     "variants": {"errors", "atomic", "bundle", "specs", "recipe", "work", "bench"},
     "console_variants": {"wording", "layout"},

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from edgeslm import console, measuring, pipeline, quantizing
 from edgeslm import gate as gate_module
-from edgeslm import measuring, pipeline, quantizing
 from edgeslm.bundle import open_bundle
 from edgeslm.errors import BundleError, EdgeslmError, EngineError, GateError, ModelError, RecipeError
 from edgeslm.gguf_file import read_gguf
+from edgeslm.inspection import inspect_model
 from edgeslm.progress import Quiet
 from edgeslm.recipe import load_recipe
 from edgeslm.specs import GateSpec
@@ -528,6 +529,30 @@ def test_quantize_writes_a_file_or_a_bundle(source: Path, tmp_path: Path) -> Non
     with pytest.raises(RecipeError, match="matches none"):
         quantizing.quantize(str(source), tmp_path / "c.gguf", types={"no_such": "Q8_0"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b", "text.txt"]
+
+
+@pytest.mark.workstation
+def test_quantize_audits_the_accuracy_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.models import write_hf_model
+
+    source, text = tmp_path / "source", tmp_path / "text.txt"
+    write_hf_model(source, "llama", hidden=64, heads=4, kv_heads=2, tokenizer="smollm")
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 300)
+
+    def traps(bundle: str) -> list[str]:
+        return [trap["kind"] for trap in inspect_model(tmp_path / bundle, context=64, verify=False)["traps"]]
+
+    plain = quantizing.quantize(str(source), tmp_path / "plain", format="onnx", scheme="int4")
+    assert "not audited" in console.quantize_text(plain)
+    assert traps("plain") == ["accuracy_level"]
+    monkeypatch.setattr(gate_module, "LEVEL_AGREEMENT", 1.01)
+    made = quantizing.quantize(
+        str(source), tmp_path / "audited", format="onnx", scheme="int4", calibration=str(text)
+    )
+    assert [of["level"] for of in made["quantization"]["accuracy_audit"]["levels"]] == [0, 4]
+    assert "4, level 0's likeliest token in" in console.quantize_text(made)
+    assert "--accuracy-level 0" in made["warnings"][-1]
+    assert traps("audited") == []
 
 
 @pytest.mark.workstation
