@@ -42,6 +42,7 @@ def assemble(
         "ancestry": checkpoint.ancestry(),
         "versions": {name: version for name, version in engine_versions().items() if version},
         "quality": quality,
+        "data": {"licence": recipe.data.licence} if recipe else None,
     }
     files: dict[str, Path | str]
     if is_classifier:

@@ -18,7 +18,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         ("Licence", model.get("licence") or "not stated by the source"),
         ("Licence of the data", (manifest.get("data") or {}).get("licence") or "not stated by the recipe"),
         ("Architecture", f"{model['architecture']}, {wording.parameters(model['parameters'])} parameters"),
-        ("Made by", _stages(manifest.get("ancestry"))),
+        ("Made by", ", ".join([*wording.stage_names(manifest.get("ancestry")), "quantize"])),
         ("Types", f"{plan['scheme']}, {plan['bits_per_weight']:.2f} bits per weight"),
         *(_classifier_facts(manifest) if "decision" in manifest else _language_facts(manifest)),
     ]
@@ -55,15 +55,6 @@ def model_card(manifest: Mapping[str, Any]) -> str:
             *(f"- {line}" for line in fallbacks),
         ]
     return "\n".join([*lines, "", *_how_to_run(manifest)]) + "\n"
-
-
-def _stages(ancestry: Mapping[str, Any] | None) -> str:
-    """The stages that made the weights, the first one first."""
-    names: list[str] = []
-    while ancestry:
-        names.insert(0, str(ancestry.get("stage")))
-        ancestry = ancestry.get("before")
-    return ", ".join([*names, "quantize"])
 
 
 def _language_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

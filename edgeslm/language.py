@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from edgeslm import measuring
+from edgeslm import measuring, wording
 from edgeslm.bundle import file_sha256, open_bundle
 from edgeslm.device import probe
 from edgeslm.gguf_file import read_gguf
@@ -165,7 +165,7 @@ def evaluate(
                 max_tokens=recipe.evaluate.max_tokens, threads=None, progress=store.progress, seed=recipe.seed,
             )  # fmt: skip
         record["artifact"] = {**record["artifact"], "name": recipe.name, "path": None, "digest": None}
-        record["reference"] |= {"name": checkpoint.name, "digest": checkpoint.digest}
+        record["reference"] |= {"name": _reference_name(checkpoint), "digest": checkpoint.digest}
         record["text"]["sources"] = list(sources)
         record["accuracy_level"] = _audit(recipe, checkpoint, exported, store)
         (directory / "quality.json").write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
@@ -180,6 +180,12 @@ def evaluate(
         "versions": chosen_versions("edgeslm", "llama_cpp_python", "onnxruntime", "numpy"),
     }
     return read_record(store.stage("evaluate", inputs, produce) / "quality.json")
+
+
+def _reference_name(checkpoint: Checkpoint) -> str:
+    """The model before quantization: its source's name, and what was done to it."""
+    stages = wording.stage_names(checkpoint.ancestry())
+    return f"{checkpoint.name} after {', '.join(stages)}" if stages else checkpoint.name
 
 
 def _audit(recipe: Recipe, checkpoint: Checkpoint, exported: Exported, store: Work) -> dict[str, Any] | None:

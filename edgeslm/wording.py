@@ -122,6 +122,15 @@ def duration(seconds: float | None) -> str:
     return f"{seconds * 1e9:.0f} ns"
 
 
+def stage_names(ancestry: Mapping[str, Any] | None) -> list[str]:
+    """The stages that made a model's weights, the first one first; ancestry: the note that the last one left."""
+    names: list[str] = []
+    while ancestry:
+        names.insert(0, str(ancestry.get("stage")))
+        ancestry = ancestry.get("before")
+    return names
+
+
 def accuracy_level(plan: Mapping[str, Any]) -> str:
     """What activations become in the products of an ONNX model, and what that changed on calibration text."""
     level, audit = plan["accuracy_level"], plan.get("accuracy_audit")

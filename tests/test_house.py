@@ -70,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "foresight": {"specs", "recipe", "versions", "work", "stages"},
     "learning": {*LEAVES, "foresight", "atomic", "specs", "recipe", "versions", "work", "measuring", "stages"},
     "language": {
-        "specs", "recipe", "device", "versions", "bundle", *FILES, "work", "measuring", "learning", "stages",
+        "wording", "specs", "recipe", "device", "versions", "bundle", *FILES, "work", "measuring", "learning", "stages",
         "runtime", "bench",
     },
     "watching": {"progress", "bundle", "stages", "runtime", "bench"},

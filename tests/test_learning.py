@@ -134,6 +134,11 @@ def test_a_language_model_from_text_to_bundle(language: Path) -> None:
     manifest = open_bundle(language / "out", verify=True).manifest
     assert manifest is not None
     assert manifest["model"]["licence"] == "MIT"
+    assert manifest["data"]["licence"] == "CC0-1.0"
+    card = (language / "out" / "README.md").read_text()
+    assert "| Licence of the data | CC0-1.0 |" in card
+    assert "| Made by | finetune, prune, distill, quantize |" in card
+    assert result["quality"]["reference"]["name"] == "model after finetune, prune, distill"
     assert manifest["ancestry"]["stage"] == "distill"
     assert manifest["ancestry"]["before"]["before"]["stage"] == "finetune"
     assert manifest["quality"]["kl_nats"]["mean"]["value"] < 0.1
