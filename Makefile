@@ -7,9 +7,11 @@
 # Everything runs in virtual environments below this folder, made by plain pip; nothing else is touched.
 # Another Python:           make demo PYTHON=python3.12
 # Other flags for pip:      make demo PIP_FLAGS="--find-links DIR"   (a folder with torch without CUDA, say)
+# Other flags for cmake:    make demo CMAKE_FLAGS=-DGGML_METAL=OFF    (llama.cpp without a Mac's GPU, say)
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+CMAKE_FLAGS ?=
 PYTEST_FLAGS ?=
 
 VENV := .venv
@@ -18,7 +20,7 @@ CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # llama-cpp-python compiles here: without llama.cpp's examples and its vision library, in two thirds of the time
 # and without AMX, whose kernels GCC miscompiles (ggml-org/llama.cpp#26954): with it, no weights can be repacked
 NO_AMX := $(shell grep -qw amx_tile /proc/cpuinfo 2>/dev/null && echo -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
-COMPILE := CMAKE_ARGS="-DLLAMA_BUILD_COMMON=OFF -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$(CORES) \
+COMPILE := CMAKE_ARGS="-DLLAMA_BUILD_COMMON=OFF -DLLAVA_BUILD=OFF $(CMAKE_FLAGS)" CMAKE_BUILD_PARALLEL_LEVEL=$(CORES) \
   CFLAGS="$(NO_AMX) $(CFLAGS)" CXXFLAGS="$(NO_AMX) $(CXXFLAGS)"
 PIP_INSTALL := -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 

@@ -30,7 +30,7 @@ def byte_alphabet() -> dict[int, str]:
 
 def write_tiny_gguf(path: Path, *, layers: int = 2, hidden: int = 64, heads: int = 4, kv_heads: int = 2,
                     intermediate: int = 128, context: int = 256, seed: int = 0, tied: bool = True,
-                    file_type: Any = None) -> Path:  # fmt: skip
+                    file_type: Any = None, pooling: int | None = None, causal: bool = True) -> Path:  # fmt: skip
     """A random llama in F32: 256 byte tokens, a few merges, three special tokens."""
     import gguf
 
@@ -52,6 +52,10 @@ def write_tiny_gguf(path: Path, *, layers: int = 2, hidden: int = 64, heads: int
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(len(tokens))
+    if pooling is not None:
+        writer.add_uint32("llama.pooling_type", pooling)
+    if not causal:
+        writer.add_causal_attention(False)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)

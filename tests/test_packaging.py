@@ -20,7 +20,9 @@ from edgeslm.schema import shipped_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DEVICE_HALF = {"click", "jinja2", "numpy", "psutil", "rich", "tokenizers"}
+DEVICE_HALF = {"click", "jinja2", "numpy", "psutil", "rich"}
+MOST_BYTES = 60_000_000
+"""What an installation of the device half may take, without engines and what they bring themselves."""
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,46 @@ def test_data_is_found_in_an_installation(wheel: Path, tmp_path: Path) -> None:
     assert devices == list_devices()
     assert "smollm2-135m-quickstart" in recipes
     assert 'device = "rpi5-8gb"' in template
+
+
+@pytest.mark.slow
+def test_the_device_half_is_small(wheel: Path, tmp_path: Path) -> None:
+    """What pip adds to a fresh environment, bytecode and all; NumPy apart, which both engines require themselves."""
+    environment = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    python = environment / "bin" / "python"
+    found = subprocess.run(
+        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    site = Path(found.strip())
+    before = sizes(site)
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+               "--constraint", str(ROOT / "constraints.txt"), str(wheel)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 and "No matching distribution" in done.stderr:
+        pytest.skip(f"pip finds no packages here: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    added = {name: size - before.get(name, 0) for name, size in sizes(site).items()}
+    whole = sum(added.values())
+    numpy = sum(size for name, size in added.items() if name.startswith("numpy"))
+    print(f"device half: {whole / 1e6:.1f} MB, of which NumPy {numpy / 1e6:.1f} MB")  # noqa: T201
+    assert numpy > 10e6, "the walk saw what was installed"
+    assert whole - numpy < MOST_BYTES, sorted(added.items(), key=lambda item: -item[1])[:10]
+    for heavy in ("tokenizers", "huggingface_hub", "onnxruntime", "llama_cpp", "torch"):
+        assert heavy not in added
+    code = "import edgeslm, edgeslm.runtime.server, edgeslm.bench.report"
+    subprocess.run([str(python), "-c", code], check=True, cwd=tmp_path)
+
+
+def sizes(site: Path) -> dict[str, int]:
+    """Bytes of each package of a site-packages folder."""
+    found: dict[str, int] = {}
+    for path in site.rglob("*"):
+        if path.is_file():
+            top = path.relative_to(site).parts[0]
+            found[top] = found.get(top, 0) + path.stat().st_size
+    return found
 
 
 def test_data_is_found_in_the_source_tree() -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from edgeslm.errors import DataError, ModelError
 from edgeslm.runtime.constrain import TokenBytes, TokenConstraint
 from edgeslm.runtime.generate import Generation
+from edgeslm.runtime.runner import Embedder
 from edgeslm.runtime.steering import Steered, stop_tokens
-from edgeslm.runtime.template import conversation_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,6 +72,12 @@ class Answerer:
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)
 
     @property
+    def embedder(self) -> Embedder | None:
+        """The runner, where it also gives vectors of texts."""
+        runner = self.runner
+        return runner if isinstance(runner, Embedder) and runner.embedding_size else None
+
+    @property
     def prompt_limit(self) -> int:
         """Most tokens that a prompt may have."""
         room = (self.runner.options.context or 1) - 1
@@ -84,6 +90,8 @@ class Answerer:
 
     def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation in the model's own template.  Raises ModelError where there is none."""
+        from edgeslm.runtime.template import conversation_tokens  # and with it Jinja
+
         template = self.runner.facts.chat_template
         if template is None:
             raise ModelError(

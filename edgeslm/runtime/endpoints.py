@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from edgeslm.runtime.answering import Piece, Summary
 from edgeslm.runtime.http_io import EventStream
-from edgeslm.runtime.openai_api import ApiError, Reply, check_model, question
+from edgeslm.runtime.openai_api import (
+    ApiError,
+    Reply,
+    check_model,
+    embedding_inputs,
+    embeddings,
+    question,
+)
 from edgeslm.runtime.service import stopping, unable
 
 if TYPE_CHECKING:
@@ -108,8 +115,34 @@ async def _complete(service: Service, request: Request) -> Any:
 
 
 async def _embed(service: Service, request: Request) -> Any:
-    check_model(await service.body(request, "/v1/embeddings"), service.name)
-    raise unable(f"{service.name} gives no embeddings", "use a model made for them")
+    """Vectors of texts, computed one after the other in one job."""
+    from starlette.responses import JSONResponse
+
+    body = await service.body(request, "/v1/embeddings")
+    check_model(body, service.name)
+    answerer = service.answerer
+    embedder = None if answerer is None else answerer.embedder
+    if answerer is None or embedder is None:
+        raise unable(
+            f"{service.name} gives no hidden states to make embeddings of",
+            "a language model in the format gguf does",
+        )
+    inputs = await service.read(embedding_inputs, body, answerer, embedder.embedding_size)
+
+    def work(interrupted: Callable[[], bool]) -> Iterator[Any]:
+        for tokens in inputs:
+            vector = embedder.embed(tokens, interrupted)
+            if vector is None:
+                return
+            yield vector
+
+    job = service.submit(work)
+    vectors = [one async for one in service.events(request, job)]
+    if len(vectors) < len(inputs):
+        raise stopping() if job.ended_by == "shutdown" else ApiError(499, "the client left")
+    count = sum(map(len, inputs))
+    service.metrics.count("prompt_tokens_total", count)
+    return JSONResponse(embeddings(vectors, body, service.name, count))
 
 
 # --- classifiers ---

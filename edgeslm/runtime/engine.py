@@ -5,9 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeslm.errors import EngineError
+from edgeslm.gguf_file import GGML_TYPES
+from edgeslm.runtime.fit import DEFAULT_KV_TYPE
+
+if TYPE_CHECKING:
+    from edgeslm.runtime.runner import RunnerOptions
 
 _WARN, _ERROR, _CONTINUED = 3, 4, 5
 """Log levels of ggml.h."""
@@ -100,6 +105,31 @@ def load_engine() -> Engine:
             f"llama-cpp-python does not load: {error}", hint=_loading_hint(str(error))
         ) from error
     return Engine(api)
+
+
+def new_context(
+    engine: Engine, model: Any, options: RunnerOptions, name: str, *, hidden_states: bool = False
+) -> Any:
+    """A context of a loaded model.  hidden_states: it also gives those of every token.  Raises EngineError."""
+    api = engine.api
+    parameters = api.llama_context_default_params()
+    parameters.n_ctx = options.context
+    parameters.n_batch = options.batch
+    parameters.n_ubatch = options.ubatch
+    parameters.n_threads = parameters.n_threads_batch = options.threads
+    parameters.type_k = parameters.type_v = GGML_TYPES[(options.kv_type or DEFAULT_KV_TYPE).upper()].id
+    parameters.flash_attn_type = -1 if options.flash_attention is None else int(options.flash_attention)
+    parameters.swa_full = False
+    if hidden_states:
+        parameters.embeddings, parameters.pooling_type = True, api.LLAMA_POOLING_TYPE_NONE
+    engine.forget_log()
+    context = api.llama_init_from_model(model, parameters)
+    if not context:
+        raise engine.failure(
+            f"{name}: llama.cpp makes no context of {options.context} tokens with KV type {options.kv_type}",
+            hint="use the KV type f16, flash attention on auto or a shorter context",
+        )
+    return context
 
 
 def _loading_hint(text: str) -> str:

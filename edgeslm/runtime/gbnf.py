@@ -236,27 +236,32 @@ class _Regex:
         self._pattern = pattern
         self._write = write
 
-    def sequence(self, parsed: Any) -> Node:
-        items = list(parsed)
-        # Anchors may stand where they change nothing.
-        if items and str(items[0][0]) == "AT" and str(items[0][1]).startswith("AT_BEGINNING"):
+    def sequence(self, parsed: Any, *, starts: bool = True, ends: bool = True) -> Node:
+        """Items one after the other.  starts, ends: the text does with them, so that anchors change nothing."""
+        items = [(str(kind), value) for kind, value in parsed]
+        while starts and items and items[0][0] == "AT" and str(items[0][1]).startswith("AT_BEGINNING"):
             items = items[1:]
-        if items and str(items[-1][0]) == "AT" and str(items[-1][1]).startswith("AT_END"):
+        while ends and items and items[-1][0] == "AT" and str(items[-1][1]).startswith("AT_END"):
             items = items[:-1]
-        return Seq([self._node(str(kind), value) for kind, value in items])
+        last = len(items) - 1
+        return Seq([
+            self._node(kind, value, starts=starts and place == 0, ends=ends and place == last)
+            for place, (kind, value) in enumerate(items)
+        ])  # fmt: skip
 
-    def _node(self, kind: str, value: Any) -> Node:
+    def _node(self, kind: str, value: Any, *, starts: bool, ends: bool) -> Node:
         if kind in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
             return self._write(self._ranges_of(kind, value))
         if kind == "BRANCH":
-            return Alt([self._inner(option) for option in value[1]])
+            return Alt([self.sequence(option, starts=starts, ends=ends) for option in value[1]])
         if kind == "SUBPATTERN" and not value[1] and not value[2]:
-            return self._inner(value[3])
+            return self.sequence(value[3], starts=starts, ends=ends)
         if kind in ("MAX_REPEAT", "MIN_REPEAT"):
             low, high, inner = value
             if low > MOST_TIMES or MOST_TIMES < high < 2**31:
                 raise self._unusable("repeats too often")
-            return Rep(self._inner(inner), low, high if high <= MOST_TIMES else None)
+            inside = self.sequence(inner, starts=False, ends=False)
+            return Rep(inside, low, high if high <= MOST_TIMES else None)
         raise self._unusable(f"holds what no grammar can say ({kind.lower().replace('_', ' ')})")
 
     def _ranges_of(self, kind: str, value: Any) -> Ranges:
@@ -266,9 +271,6 @@ class _Regex:
         if kind == "ANY":
             return others([(10, 10)])
         return [(value, value)] if kind == "LITERAL" else others([(value, value)])
-
-    def _inner(self, parsed: Any) -> Node:
-        return Seq([self._node(str(kind), value) for kind, value in parsed])
 
     def _ranges(self, members: Any) -> Ranges:
         ranges: Ranges = []

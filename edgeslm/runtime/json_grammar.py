@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from edgeslm.errors import DataError
 from edgeslm.runtime.gbnf import LAST, Ranges, read_regex
 from edgeslm.runtime.grammar import Alt, Byte, Grammar, Node, Ref, Rep, Seq, characters, literal, mask_of
+from edgeslm.runtime.json_apart import Apart
 from edgeslm.runtime.json_schema import ASSERTING, bounds, implied_type, is_of, is_texts, merged, target
 from edgeslm.runtime.number_ranges import any_number, integers, numbers
 
@@ -104,6 +106,7 @@ class _Compiler:
 
     def __init__(self, schema: Any) -> None:
         self._schema = schema
+        self._apart = Apart(schema)
         self._made = 0
         self._text = _any_character()
         self.rules: dict[str, Node] = {"character": self._text}
@@ -232,22 +235,29 @@ class _Compiler:
         return Seq([_QUOTE, read_regex(pattern, json_character), _QUOTE])
 
     def _numbers(self, kind: str, schema: Mapping[str, Any], where: str) -> Node:
-        low, high = -math.inf, math.inf
+        low: tuple[float, bool] = -math.inf, False  # the bound, and whether it is left out
+        high: tuple[float, bool] = math.inf, True  # the bound, and whether it is not
         for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
             value = schema.get(key)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e15:
                 raise DataError(f"the schema's {key} at {where} is {str(value)[:40]}", hint="at most 1e15")
-            exact: float = value
-            if key.startswith("exclusive"):
-                up = key.endswith("Minimum")
-                # The next number inside: of integers the next one, else the next integer, which is inside too.
-                exact = math.floor(value) + 1 if up else math.ceil(value) - 1
-            low, high = (max(low, exact), high) if "inimum" in key else (low, min(high, exact))
-        found = (integers if kind == "integer" else numbers)(low, high)
+            outside = key.startswith("exclusive")
+            low, high = (
+                (max(low, (value, outside)), high)
+                if "inimum" in key
+                else (low, min(high, (value, not outside)))
+            )
+        if kind == "integer":
+            first = math.floor(low[0]) + 1 if low[1] else low[0]
+            last = high[0] if high[1] else math.ceil(high[0]) - 1
+            found = integers(first, last)
+        else:
+            found = numbers(low[0], high[0], above=low[1], below=not high[1])
         if found is None:
-            raise DataError(f"the schema at {where} has bounds without a whole number between them")
+            what = "whole number" if kind == "integer" else "number"
+            raise DataError(f"the schema at {where} has bounds without a {what} between them")
         return found
 
     def _constants(self, schema: Mapping[str, Any], where: str) -> Node:
@@ -270,13 +280,19 @@ class _Compiler:
         if not isinstance(options, list) or not options:
             raise DataError(f"the schema's {key} at {where} is no list of schemas")
         shared = {name: value for name, value in schema.items() if name != key and name in ASSERTING}
-        nodes = []
-        for number, option in enumerate(options):
-            place = f"{where}/{key}/{number}"
-            joined = merged(self._schema, {"allOf": [shared, option]}, place) if shared else option
-            if option is not False:
-                nodes.append(self.node(joined, place, depth + 1))
-        return Alt(nodes)
+        places = {
+            f"{where}/{key}/{number}": option for number, option in enumerate(options) if option is not False
+        }
+        for place, option in places.items():
+            if shared:
+                places[place] = merged(self._schema, {"allOf": [shared, option]}, place)
+        for (place, first), (other, second) in combinations(places.items(), 2) if key == "oneOf" else ():
+            if not self._apart.holds(first, second):
+                raise DataError(
+                    f"a value may be of both {place} and {other}, which oneOf forbids",
+                    hint="use anyOf, or require a property with a const of its own in each",
+                )
+        return Alt([self.node(option, place, depth + 1) for place, option in places.items()])
 
     def _reference(self, name: Any, where: str, depth: int) -> Node:
         found = target(self._schema, name, where)

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeslm.errors import EngineError, ModelError
-from edgeslm.gguf_file import GGML_TYPES, read_gguf
-from edgeslm.runtime.engine import load_engine
-from edgeslm.runtime.fit import DEFAULT_KV_TYPE, PLAIN_KV_TYPES, check_memory, completed
+from edgeslm.gguf_file import read_gguf
+from edgeslm.runtime.engine import load_engine, new_context
+from edgeslm.runtime.fit import PLAIN_KV_TYPES, check_memory, completed
 from edgeslm.runtime.guard import can_tokenize, check_runnable
 from edgeslm.runtime.host import memory_bytes
+from edgeslm.runtime.llama_embedding import EmbeddingContext, read_pooling
 from edgeslm.runtime.runner import ModelFacts
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _NULL_TOKEN = -1
 
 
 class LlamaRunner:
-    """One GGUF model in llama.cpp with one sequence of state; implements edgeslm.runtime.runner.Runner."""
+    """One GGUF model in llama.cpp with one sequence of state; implements edgeslm.runtime.runner.Runner and Embedder."""
 
     notes: tuple[str, ...] = ()
 
@@ -67,7 +68,7 @@ class LlamaRunner:
         self._free = weakref.finalize(self, handles.free)
         handles.model = _load_model(engine, weights, options)
         self._vocab = api.llama_model_get_vocab(handles.model)
-        handles.context = self._context = _new_context(engine, handles.model, options, weights.name)
+        handles.context = self._context = new_context(engine, handles.model, options, weights.name)
         self._memory = api.llama_get_memory(self._context)
         handles.pool = engine.new_threadpool(options.threads or 1)
         if handles.pool is not None:
@@ -87,6 +88,8 @@ class LlamaRunner:
         )
         self.facts = _facts(api, handles.model, self._vocab, file)
         self._can_tokenize = api.llama_vocab_type(self._vocab) != 0 and can_tokenize(file)
+        self._pooling = read_pooling(file)
+        self.embedding_size = int(api.llama_model_n_embd_out(handles.model)) if self._pooling else 0
         self._position = 0
         self._prepare_batches()
 
@@ -212,6 +215,22 @@ class LlamaRunner:
         api.llama_memory_clear(self._memory, False)
         self._position = 0
 
+    def embed(
+        self, tokens: Sequence[int], interrupted: Callable[[], bool] = lambda: False
+    ) -> NDArray[np.float32] | None:
+        """[E] the pooled hidden states of `tokens` [S], of length 1; None when interrupted between two chunks.
+
+        Computed in a context of its own, which the first call makes.  Raises EngineError if they don't fit.
+        """
+        self._make_room(len(tokens), taken=0)
+        handles = self._handles
+        if handles.embedding is None:
+            assert self._pooling is not None
+            handles.embedding = EmbeddingContext(
+                self._engine, handles.model, self.options, self._pooling, handles.pool
+            )
+        return handles.embedding.vector(tokens, interrupted)
+
     def close(self) -> None:
         """Free the engine's memory; the runner can't be used afterwards."""
         self._free()
@@ -247,16 +266,19 @@ class _Handles:
         self._engine = engine
         self.model: Any = None
         self.context: Any = None
+        self.embedding: EmbeddingContext | None = None
         self.pool: int | None = None
 
     def free(self) -> None:
+        if self.embedding is not None:
+            self.embedding.free()
         if self.context:
             self._engine.api.llama_free(self.context)
         if self.pool is not None:
             self._engine.free_threadpool(self.pool)
         if self.model:
             self._engine.api.llama_model_free(self.model)
-        self.context = self.pool = self.model = None
+        self.context = self.embedding = self.pool = self.model = None
 
 
 def _load_model(engine: Engine, weights: Path, options: RunnerOptions) -> Any:
@@ -279,26 +301,6 @@ def _load_model(engine: Engine, weights: Path, options: RunnerOptions) -> Any:
             hint="edgeslm inspect shows its architecture; a newer llama-cpp-python may know it",
         )
     return model
-
-
-def _new_context(engine: Engine, model: Any, options: RunnerOptions, name: str) -> Any:
-    api = engine.api
-    parameters = api.llama_context_default_params()
-    parameters.n_ctx = options.context
-    parameters.n_batch = options.batch
-    parameters.n_ubatch = options.ubatch
-    parameters.n_threads = parameters.n_threads_batch = options.threads
-    parameters.type_k = parameters.type_v = GGML_TYPES[(options.kv_type or DEFAULT_KV_TYPE).upper()].id
-    parameters.flash_attn_type = -1 if options.flash_attention is None else int(options.flash_attention)
-    parameters.swa_full = False
-    engine.forget_log()
-    context = api.llama_init_from_model(model, parameters)
-    if not context:
-        raise engine.failure(
-            f"{name}: llama.cpp makes no context of {options.context} tokens with KV type {options.kv_type}",
-            hint="use the KV type f16, flash attention on auto or a shorter context",
-        )
-    return context
 
 
 def _flash_in_force(engine: Engine, options: RunnerOptions) -> bool:

@@ -1,10 +1,11 @@
 """OpenAI's API as data: requests into questions, answers into the documents and chunks that its clients read.
 
-https://platform.openai.com/docs/api-reference/chat and /completions.
+https://platform.openai.com/docs/api-reference/chat, /completions and /embeddings.
 """
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ from edgeslm.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from edgeslm.runtime.answering import Answerer, Piece, Summary
     from edgeslm.runtime.grammar import Grammar
@@ -66,16 +70,13 @@ def check_model(body: Mapping[str, Any], name: str) -> None:
 
 def question(body: Document, answerer: Answerer, *, is_chat: bool, grammars: Grammars) -> Question:
     """What a checked request asks.  Raises ApiError for a prompt or grammar that can't be used."""
+    param = "messages" if is_chat else "prompt"
     try:
         tokens = answerer.chat_tokens(messages(body)) if is_chat else _prompt_tokens(body["prompt"], answerer)
         answerer.check(tokens)
     except EdgeslmError as error:
-        raise ApiError.of(error, param="messages" if is_chat else "prompt") from error
-    if len(tokens) > answerer.prompt_limit:
-        raise ApiError(
-            400, f"the prompt has {len(tokens)} tokens, the limit is {answerer.prompt_limit}",
-            param="messages" if is_chat else "prompt", code="context_length_exceeded",
-        )  # fmt: skip
+        raise ApiError.of(error, param=param) from error
+    _check_length(tokens, answerer, "the prompt", param)
     wanted = body.get("max_completion_tokens", body.get("max_tokens"))
     stop = body.get("stop", ())
     numbers = {name: type(getattr(Sampling(), name))(body[name]) for name in SAMPLING_FIELDS if name in body}
@@ -89,6 +90,37 @@ def question(body: Document, answerer: Answerer, *, is_chat: bool, grammars: Gra
         grammar=grammars.of(body),
         scored=_scored(body, is_chat),
     )
+
+
+def embedding_inputs(body: Document, answerer: Answerer, size: int) -> list[list[int]]:
+    """Tokens of each text that a checked request wants a vector of `size` numbers of.  Raises ApiError."""
+    if body.get("dimensions", size) != size:
+        raise ApiError(
+            400,
+            f"dimensions is {body['dimensions']:.0f}, the model's vectors have {size}",
+            param="dimensions",
+        )
+    given = body["input"]
+    is_one = isinstance(given, str) or not isinstance(given[0], str | list)
+    found = []
+    for number, one in enumerate([given] if is_one else given):
+        param = "input" if is_one else f"input[{number}]"
+        try:
+            tokens = answerer.text_tokens(one) if isinstance(one, str) else [int(token) for token in one]
+            answerer.check(tokens)
+        except EdgeslmError as error:
+            raise ApiError.of(error, param=param) from error
+        _check_length(tokens, answerer, param, param)
+        found.append(tokens)
+    return found
+
+
+def _check_length(tokens: Sequence[int], answerer: Answerer, what: str, param: str) -> None:
+    if len(tokens) > answerer.prompt_limit:
+        raise ApiError(
+            400, f"{what} has {len(tokens)} tokens, the limit is {answerer.prompt_limit}",
+            param=param, code="context_length_exceeded",
+        )  # fmt: skip
 
 
 def messages(body: Document) -> list[dict[str, str]]:
@@ -232,6 +264,23 @@ class Reply:
 
     def _text(self, token: int) -> str:
         return self.token_text(token).decode(errors="replace")
+
+
+def embeddings(vectors: Sequence[NDArray[np.float32]], body: Document, model: str, tokens: int) -> Document:
+    """Vectors of `tokens` tokens in one document, as numbers or as base64 of little-endian floats."""
+    encoded = body.get("encoding_format") == "base64"
+    data = [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode()
+            if encoded
+            else vector.tolist(),
+        }
+        for index, vector in enumerate(vectors)
+    ]
+    counts = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": model, "usage": counts}
 
 
 def usage(summary: Summary) -> Document:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 MOST_STOPS = 16
 MOST_MESSAGES = 4096
 MOST_INPUTS = 4096
+MOST_EMBEDDED = 2048
+"""Texts of one request for embeddings, as at OpenAI."""
 
 
 def _maybe(kind: str, **more: Any) -> dict[str, Any]:
@@ -19,6 +21,8 @@ def _maybe(kind: str, **more: Any) -> dict[str, Any]:
 
 
 _TEXT = {"type": "string"}
+_SOME_TEXT = {"type": "string", "minLength": 1}
+_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "minItems": 1}
 _PART = {
     "type": "object",
     "properties": {"type": {"enum": ["text"]}, "text": _TEXT},
@@ -83,9 +87,9 @@ COMPLETION = {
     "properties": {
         "prompt": {
             "anyOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "minItems": 1},
-                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": 1},
+                _SOME_TEXT,
+                _TOKENS,
+                {"type": "array", "items": _SOME_TEXT, "minItems": 1, "maxItems": 1},
             ]
         },
         **SHARED,
@@ -102,11 +106,14 @@ EMBEDDINGS = {
         "model": _maybe("string"),
         "input": {
             "anyOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": MOST_INPUTS},
+                _SOME_TEXT,
+                {"type": "array", "items": _SOME_TEXT, "minItems": 1, "maxItems": MOST_EMBEDDED},
+                _TOKENS,
+                {"type": "array", "items": _TOKENS, "minItems": 1, "maxItems": MOST_EMBEDDED},
             ]
         },
         "encoding_format": {"enum": ["float", "base64", None]},
+        "dimensions": _maybe("integer", minimum=1),
     },
     "required": ["input"],
 }  # fmt: skip
@@ -207,8 +214,9 @@ def fault(value: Any, schema: Mapping[str, Any], where: str = "") -> tuple[str, 
     """What of a JSON value breaks a schema of this module, as (place, words); None: nothing."""
     if "anyOf" in schema:
         faults = [found for option in schema["anyOf"] if (found := fault(value, option, where))]
-        # The option that got furthest tells most.
-        return max(faults, key=lambda found: len(found[0])) if len(faults) == len(schema["anyOf"]) else None
+        # The option that got furthest tells most, unless one is right but for its length.
+        told = max(faults, key=lambda found: (found[1].startswith("has "), len(found[0])), default=None)
+        return told if len(faults) == len(schema["anyOf"]) else None
     if "enum" in schema and not any(type(value) is type(one) and value == one for one in schema["enum"]):
         wanted = ", ".join("null" if one is None else str(one).lower() for one in schema["enum"])
         return where, f"is {_shown(value)}, not one of {wanted}"

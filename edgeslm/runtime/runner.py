@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from edgeslm.errors import BundleError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -109,6 +109,18 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Free the engine's memory; the runner can't be used afterwards."""
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """What a Runner may be besides: one that gives vectors of texts, and leaves its state as it is."""
+
+    @property
+    def embedding_size(self) -> int:
+        """E numbers of a vector; 0 where the model gives none after all."""
+
+    def embed(self, tokens: Sequence[int], interrupted: Callable[[], bool]) -> NDArray[np.float32] | None:
+        """[E] the vector of `tokens` [S], of length 1; None when interrupted on the way."""
 
 
 def open_runner(bundle: Bundle, options: RunnerOptions) -> Runner:

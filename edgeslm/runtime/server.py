@@ -134,6 +134,7 @@ def _model(service: Service) -> dict[str, Any]:
         return held | {
             "task": "causal-lm", "context_length": options.context, "chat": facts.chat_template is not None,
             "max_prompt_tokens": service.answerer.prompt_limit, "parameters": facts.parameters,
+            "embedding_size": embedder.embedding_size if (embedder := service.answerer.embedder) else None,
         }  # fmt: skip
     assert service.classifier is not None
     return held | {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from edgeslm.errors import BundleError, first_line
+from edgeslm.errors import BundleError, EngineError, first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,9 +72,11 @@ class TextTokenizer:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """tokenizers.Tokenizer of a file; BundleError for one that is missing or damaged."""
-    from tokenizers import Tokenizer
-
+    """tokenizers.Tokenizer of a file; BundleError for one that is missing or damaged, EngineError without it."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise EngineError(f"tokenizers does not load: {error}", hint="pip install 'edgeslm[onnx]'") from error
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgeslm.errors import DataError
@@ -79,7 +81,75 @@ def test_numbers_within_bounds() -> None:
             )
         assert not exact.matches(b"007")
     assert integers(0.2, 0.8) is None
-    assert numbers(0.2, 0.8) is None
+
+
+BOUNDS = (-3.5, -1.0, -0.25, -0.05, 0.0, 0.05, 0.1, 0.5, 0.99, 1.0, 1.01, 2.0, 2.75)
+
+
+def test_decimal_bounds_against_all_numbers_of_three_digits() -> None:
+    """The oracle: every decimal of up to two places near the bounds, compared as a number."""
+    texts = [f"{value / 10**places:.{places}f}" for places in range(3) for value in range(-400, 400)]
+    for low in (-math.inf, *BOUNDS):
+        for high in (*BOUNDS, math.inf):
+            for above, below in itertools.product((False, True), repeat=2):
+                found = numbers(low, high, above=above, below=below)
+                if low == -math.inf and high == math.inf:
+                    continue
+                is_there = low < high or (low == high and not above and not below)
+                assert (found is not None) == is_there, (low, high, above, below)
+                if found is None:
+                    continue
+                grammar = Grammar(found)
+                for text in texts:
+                    inside = (low < float(text) if above else low <= float(text)) and (
+                        float(text) < high if below else float(text) <= high
+                    )
+                    if text.startswith("-") and not float(text):
+                        continue  # minus nothing may be left out
+                    assert grammar.matches(text.encode()) == inside, (low, high, above, below, text)
+
+
+@settings(max_examples=300, deadline=None)
+@example(562949953421312.2, 1.0, True, False, random.Random(0))
+@given(
+    st.floats(-1e15, 1e15), st.floats(0, 1e3) | st.floats(0, 1e15), st.booleans(), st.booleans(),
+    st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_no_number_rounds_onto_a_bound_that_is_left_out(
+    low: float, width: float, above: bool, below: bool, draw: random.Random
+) -> None:
+    high = min(low + width, 1e15)
+    found = numbers(low, high, above=above, below=below)
+    if found is None:
+        return
+    grammar = Grammar(found)
+    for _ in range(5):
+        text = walked(grammar, draw)
+        value = float(text)
+        assert low < value if above else low <= value, text
+        assert value < high if below else value <= high, text
+
+
+def walked(grammar: Grammar, draw: random.Random) -> str:
+    """A text along a random way that stays near the bounds: the outermost bytes are drawn more often."""
+    state, data = grammar.start, b""
+    while state.mask and not (state.accepting and draw.random() < 0.05):
+        ways = [byte for byte in range(256) if state.mask >> byte & 1]
+        byte = draw.choice([ways[0], ways[-1], draw.choice(ways)])
+        after = grammar.advance(state, bytes([byte]))
+        assert after is not None
+        state, data = after, data + bytes([byte])
+    return data.decode()
+
+
+def test_anchors_where_they_change_nothing() -> None:
+    for pattern in ("^yes$|^no$", "^(?:a|b$)", "(^a|b)c$", "^^a$$", "^$|^x+$", r"\Aab\Z"):
+        grammar = Grammar(read_regex(pattern))
+        for text in ("yes", "no", "a", "b", "ac", "bc", "", "x", "xx", "ab", "yesno", "aa"):
+            assert grammar.matches(text.encode()) == bool(re.fullmatch(pattern, text)), (pattern, text)
+    for pattern in ("a^b", "a$b", "(a$)b", "(^a)+", "x(^a|b)"):
+        with pytest.raises(DataError, match="no grammar can say"):
+            read_regex(pattern)
 
 
 def test_numbers_without_bounds() -> None:

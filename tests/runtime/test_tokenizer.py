@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from edgeslm.errors import BundleError
-from edgeslm.runtime.tokenizer import TextTokenizer, byte_alphabet
+from edgeslm.errors import BundleError, EngineError
+from edgeslm.runtime.tokenizer import TextTokenizer, byte_alphabet, load_tokenizer
 from tests import conftest
 from tests.models import CORPUS, FAMILIES, HOSTILE_TEXTS
 
@@ -188,3 +189,9 @@ def test_agrees_with_transformers_and_llama_cpp(family: str, tmp_path: Path) -> 
         # Its converter takes Gemma's <mask> for a control token, which tokenizer.json does not say.
         assert [mine[token] for token in different] in ([], [b"<mask>"])
     engine.close()
+
+
+def test_a_missing_library_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(EngineError, match=r"tokenizers does not load.*pip install 'edgeslm\[onnx\]'"):
+        load_tokenizer(tmp_path / "tokenizer.json")
