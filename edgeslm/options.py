@@ -76,6 +76,8 @@ def runner_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("-ub", "--ubatch", type=click.IntRange(min=1), default=512, show_default=True,
                      help="Most tokens computed at once."),
         click.option("--kv-type", help="Element type of the KV cache.  [default: f16; ONNX: as its graph has it]"),
+        click.option("-ngl", "--gpu-layers", type=click.IntRange(min=0),
+                     help="GGUF: layers that the GPU computes, where llama.cpp has one; 0: none.  [default: all]"),
         click.option("--provider", type=click.Choice(["cpu", "coreml", "xnnpack", "nnapi"]),
                      help="ONNX: the execution provider.  [default: cpu]"),
         click.option("-fa", "--flash-attention", type=click.Choice(["auto", "on", "off"]), default="auto",

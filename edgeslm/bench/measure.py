@@ -313,6 +313,7 @@ def _facts(kind: str, tokens: int, runner: Runner) -> dict[str, Any]:
         "kv_type": options.kv_type,
         "flash_attention": options.flash_attention,
         "mmap": options.mmap,
+        "gpu_layers": options.gpu_layers,
         "provider": options.provider,
     }
 

@@ -44,9 +44,14 @@ def _settings(entry: Entry) -> str:
     return (
         f"batch {wording.count(run.get('batch'))}/{wording.count(run.get('ubatch'))}, "
         f"KV cache {run.get('kv_type') or wording.NOT_AVAILABLE}, flash attention {attention}, "
-        f"weights {'read' if run.get('mmap') is False else 'mapped'}, "
+        f"weights {'read' if run.get('mmap') is False else 'mapped'}, {_gpu(run)}"
         f"{wording.count(run.get('repetitions'), 'repetition')}"
     )
+
+
+def _gpu(run: Mapping[str, Any]) -> str:
+    """How many layers a GPU computed; nothing to say where none did."""
+    return f"{wording.count(run['gpu_layers'], 'layer')} on the GPU, " if run.get("gpu_layers") else ""
 
 
 MACHINE_ROWS: Rows = (
@@ -217,8 +222,9 @@ def _bench(entry: Entry, path: str) -> list[str]:
     words = ["edgeslm", "bench", path]
     first = bench_runs(entry)[0]
     if first.get("kind") == "predict":
-        threads = dict.fromkeys(run["threads"] for run in bench_runs(entry) if run.get("threads"))
-        words += ["-t", ",".join(f"{number:.0f}" for number in threads)] if threads else []
+        for option, key in (("-p", "tokens"), ("--batch-sizes", "batch"), ("-t", "threads")):
+            given = dict.fromkeys(run[key] for run in bench_runs(entry) if run.get(key))
+            words += [option, ",".join(f"{number:.0f}" for number in given)] if given else []
         return [_shell(*words, *(("-r", f"{first['repetitions']:.0f}") if first.get("repetitions") else ()))]
     for option, key, kind in (
         ("-p", "tokens", "prefill"),
@@ -235,6 +241,11 @@ def _bench(entry: Entry, path: str) -> list[str]:
         words += ["--kv-type", first["kv_type"]]
     if first.get("flash_attention") is not None:
         words += ["-fa", "on" if first["flash_attention"] else "off"]
+    on_mac = str(at(entry, "bench", "machine", "os")).startswith(
+        "macOS"
+    )  # there all layers are on the GPU unasked
+    if first.get("gpu_layers") or (on_mac and first.get("gpu_layers") == 0):
+        words += ["-ngl", f"{first['gpu_layers']:.0f}"]
     return [_shell(*words, *(["--no-mmap"] if first.get("mmap") is False else []))]
 
 

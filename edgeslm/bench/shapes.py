@@ -51,7 +51,7 @@ _SUSTAINED: dict[str, Any] = {
 _RUN = {
     **_SPAN,
     **dict.fromkeys(("kind", "kv_type", "provider"), str),
-    **dict.fromkeys(("tokens", "threads", "batch", "ubatch", "context", "repetitions", "tokens_per_s",
+    **dict.fromkeys(("tokens", "threads", "batch", "ubatch", "context", "gpu_layers", "repetitions", "tokens_per_s",
                      "tokens_per_s_stdev", "ceiling_tokens_per_s", "ceiling_fraction", "rows", "calls",
                      "items_per_s", "items_per_s_stdev"), float),
     **dict.fromkeys(("flash_attention", "mmap", "valid"), bool),

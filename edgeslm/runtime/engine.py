@@ -62,6 +62,11 @@ class Engine:
         """Whether the library was built with Intel's matrix extensions and would use them."""
         return b"AMX_INT8 = 1" in self.api.llama_print_system_info()
 
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the library was built for a GPU (Metal, CUDA, Vulkan) and finds one."""
+        return bool(self.api.llama_supports_gpu_offload())
+
     def new_threadpool(self, threads: int) -> int | None:
         """A ggml thread pool with ggml's own defaults, as llama-bench makes it; None where there is none.
 
@@ -120,6 +125,8 @@ def new_context(
     parameters.type_k = parameters.type_v = GGML_TYPES[(options.kv_type or DEFAULT_KV_TYPE).upper()].id
     parameters.flash_attn_type = -1 if options.flash_attention is None else int(options.flash_attention)
     parameters.swa_full = False
+    if options.gpu_layers == 0:  # else a GPU would still hold the cache and take large products
+        parameters.offload_kqv = parameters.op_offload = False
     if hidden_states:
         parameters.embeddings, parameters.pooling_type = True, api.LLAMA_POOLING_TYPE_NONE
     engine.forget_log()

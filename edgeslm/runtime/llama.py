@@ -37,12 +37,11 @@ if TYPE_CHECKING:
     from edgeslm.runtime.runner import RunnerOptions
 
 _NULL_TOKEN = -1
+NO_GPU = "this llama.cpp was built for the CPU alone: all layers stay there"
 
 
 class LlamaRunner:
     """One GGUF model in llama.cpp with one sequence of state; implements edgeslm.runtime.runner.Runner and Embedder."""
-
-    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, bundle: Bundle, options: RunnerOptions) -> LlamaRunner:
@@ -85,7 +84,9 @@ class LlamaRunner:
             batch=api.llama_n_batch(self._context),
             ubatch=api.llama_n_ubatch(self._context),
             flash_attention=_flash_in_force(engine, options),
+            gpu_layers=_gpu_layers(engine, handles.model, options),
         )
+        self.notes = () if engine.has_gpu or not options.gpu_layers else (NO_GPU,)
         self.facts = _facts(api, handles.model, self._vocab, file)
         self._can_tokenize = api.llama_vocab_type(self._vocab) != 0 and can_tokenize(file)
         self._pooling = read_pooling(file)
@@ -293,6 +294,8 @@ def _load_model(engine: Engine, weights: Path, options: RunnerOptions) -> Any:
     # Built by GCC, ggml's AMX kernels load an empty tile configuration and kill the process
     # (ggml-org/llama.cpp#26954): where they would be chosen, no weights are repacked.
     parameters.use_extra_bufts = not engine.has_amx
+    if options.gpu_layers is not None:
+        parameters.n_gpu_layers = options.gpu_layers
     engine.forget_log()
     model = api.llama_model_load_from_file(os.fsencode(weights), parameters)
     if not model:
@@ -301,6 +304,14 @@ def _load_model(engine: Engine, weights: Path, options: RunnerOptions) -> Any:
             hint="edgeslm inspect shows its architecture; a newer llama-cpp-python may know it",
         )
     return model
+
+
+def _gpu_layers(engine: Engine, model: Any, options: RunnerOptions) -> int:
+    """How many layers a GPU computes, the output counted as one."""
+    if not engine.has_gpu:
+        return 0
+    layers = int(engine.api.llama_model_n_layer(model)) + 1
+    return layers if options.gpu_layers is None else min(layers, options.gpu_layers)
 
 
 def _flash_in_force(engine: Engine, options: RunnerOptions) -> bool:

@@ -229,7 +229,7 @@ def _in_force(options: RunnerOptions, graph: DecoderGraph, opened: Opened) -> Ru
     most = options.ubatch if graph.takes_first_logit else min(options.ubatch, ALL_LOGITS_UBATCH)
     return replace(
         options, batch=batch, ubatch=min(most, batch), kv_type=graph.kv_type, flash_attention=None, mmap=True,
-        mlock=False, provider=opened.provider,
+        mlock=False, gpu_layers=None, provider=opened.provider,
     )  # fmt: skip
 
 
@@ -239,5 +239,6 @@ def _without_effect(options: RunnerOptions) -> list[str]:
         "flash attention": options.flash_attention is not None,
         "reading instead of mapping the file": not options.mmap,
         "locking weights in memory": options.mlock,
+        "layers on a GPU": options.gpu_layers is not None,
     }
     return [f"ONNX Runtime has no choice of {name}" for name, is_asked in asked.items() if is_asked]

@@ -41,6 +41,8 @@ class RunnerOptions:
     """None: as the engine sees fit."""
     mmap: bool = True
     mlock: bool = False
+    gpu_layers: int | None = None
+    """Layers that a GPU computes, where llama.cpp was built for one (n_gpu_layers); None: all, 0: none."""
     provider: str | None = None
     """ONNX Runtime's execution provider, one of ort_session.PROVIDERS; None: the CPU."""
 

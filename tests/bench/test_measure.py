@@ -242,7 +242,7 @@ def test_the_record_has_every_promised_key_and_is_json(record: dict[str, Any], t
     }  # fmt: skip
     common = {
         "kind", "tokens", "threads", "batch", "ubatch", "context", "kv_type", "flash_attention", "mmap",
-        "provider", "repetitions", "samples_s", "tokens_per_s", "tokens_per_s_stdev", "valid", "reasons",
+        "gpu_layers", "provider", "repetitions", "samples_s", "tokens_per_s", "tokens_per_s_stdev", "valid", "reasons",
         "started_unix_s", "ended_unix_s", "power", "thermal",
     }  # fmt: skip
     extra = {"prefill": {"ttft_s"}, "decode": {"tpot_s", "ceiling_tokens_per_s", "ceiling_fraction"}}

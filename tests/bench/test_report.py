@@ -315,7 +315,7 @@ def test_commands_of_a_classifier_repeat_the_measurement() -> None:
     assert (
         "--text mails.tsv --prior failure=0.01 --prior normal=0.99 --cost failure=20 --cost normal=1" in text
     )
-    assert "edgeslm bench out/classify-email-encoder -t 2 -r 5\n" in text
+    assert "edgeslm bench out/classify-email-encoder -p 256 --batch-sizes 1,8,32 -t 2 -r 5\n" in text
 
 
 def test_an_onnx_bundle_brings_its_tensors(tmp_path: Path) -> None:

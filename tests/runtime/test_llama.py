@@ -12,6 +12,7 @@ import pytest
 from edgeslm.errors import BundleError, EngineError, ModelError, RecipeError
 from edgeslm.gguf_file import read_gguf
 from edgeslm.runtime import llama as llama_module
+from edgeslm.runtime.engine import load_engine
 from edgeslm.runtime.fit import DEFAULT_CONTEXT, kv_cache_bytes
 from edgeslm.runtime.llama import LlamaRunner
 from edgeslm.runtime.runner import KV_TYPES, RunnerOptions, open_runner
@@ -62,8 +63,9 @@ def test_facts(make: Callable[..., LlamaRunner]) -> None:
 def test_options_in_force(make: Callable[..., LlamaRunner], tiny_gguf: Path, smollm2_gguf: Path) -> None:
     """Nothing is None, and sizes are what the engine made of them."""
     assert make(ubatch=4096, batch=5000).options == RunnerOptions(
-        threads=1, context=256, batch=256, ubatch=256, kv_type="f16", flash_attention=True, provider="cpu"
-    )
+        threads=1, context=256, batch=256, ubatch=256, kv_type="f16", flash_attention=True, gpu_layers=0,
+        provider="cpu",
+    )  # fmt: skip
     assert make(context=300).options.context == 512, "llama.cpp rounds up to 256 cells"
     assert make(flash_attention=False).options.flash_attention is False
     defaults = LlamaRunner(tiny_gguf, RunnerOptions())
@@ -409,3 +411,33 @@ def test_logits_equal_torch(make: Callable[..., LlamaRunner], tmp_path: Path, ti
         expected = model(torch.tensor([tokens])).logits[0].numpy()
     ours = make(path, **EXACT).logits(tokens)
     np.testing.assert_allclose(ours, expected, atol=1e-3)
+
+
+def test_layers_on_a_gpu(make: Callable[..., LlamaRunner], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of a GPU, in force and told; the library of the tests computes on the CPU either way."""
+    assert make(gpu_layers=0).notes == ()
+    if not load_engine().has_gpu:
+        asked = make(gpu_layers=4)
+        assert asked.options.gpu_layers == 0
+        assert asked.notes == (llama_module.NO_GPU,)
+    given: list[Any] = []
+    api = load_engine().api
+    load, start = api.llama_model_load_from_file, api.llama_init_from_model
+
+    def loads(path: bytes, parameters: Any) -> Any:
+        given.append(parameters.n_gpu_layers)
+        return load(path, parameters)
+
+    def starts(model: Any, parameters: Any) -> Any:
+        given.append((parameters.offload_kqv, parameters.op_offload))
+        return start(model, parameters)
+
+    monkeypatch.setattr(api, "llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr(api, "llama_model_load_from_file", loads)
+    monkeypatch.setattr(api, "llama_init_from_model", starts)
+    whole = make()
+    assert (whole.options.gpu_layers, whole.notes) == (3, ())
+    assert make(gpu_layers=1).options.gpu_layers == 1
+    assert make(gpu_layers=0).options.gpu_layers == 0
+    assert make(gpu_layers=99).options.gpu_layers == 3
+    assert given == [-1, (True, True), 1, (True, True), 0, (False, False), 99, (True, True)]

@@ -200,9 +200,9 @@ def test_options_in_force(make: Callable[..., OrtRunner]) -> None:
     defaults = make(model={"context_length": 9999}, context=None, threads=None).options
     assert defaults.context == 4096
     assert (defaults.threads or 0) >= 1
-    noted = make(mlock=True, mmap=False, flash_attention=True)
+    noted = make(mlock=True, mmap=False, flash_attention=True, gpu_layers=9)
     assert [note.removeprefix("ONNX Runtime has no choice of ") for note in noted.notes] == [
-        "flash attention", "reading instead of mapping the file", "locking weights in memory",
+        "flash attention", "reading instead of mapping the file", "locking weights in memory", "layers on a GPU",
     ]  # fmt: skip
     assert make().notes == ()
 
