@@ -17,11 +17,12 @@ PYTEST_FLAGS ?=
 VENV := .venv
 DEVICE_VENV := .venv-device
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
-# llama-cpp-python compiles here: without llama.cpp's examples and its vision library, in two thirds of the time
+# llama-cpp-python compiles here: without llama.cpp's examples and its vision library, in half the time
 # and without AMX, whose kernels GCC miscompiles (ggml-org/llama.cpp#26954): with it, no weights can be repacked
 NO_AMX := $(shell grep -qw amx_tile /proc/cpuinfo 2>/dev/null && echo -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
-COMPILE := CMAKE_ARGS="-DLLAMA_BUILD_COMMON=OFF -DLLAVA_BUILD=OFF $(CMAKE_FLAGS)" CMAKE_BUILD_PARALLEL_LEVEL=$(CORES) \
-  CFLAGS="$(NO_AMX) $(CFLAGS)" CXXFLAGS="$(NO_AMX) $(CXXFLAGS)"
+# (its own CMakeLists.txt forces LLAMA_BUILD_COMMON on, which a plain variable of the same name, set before it, hides)
+COMPILE = CMAKE_ARGS="-DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/$(@D)/llama.cmake -DLLAVA_BUILD=OFF $(CMAKE_FLAGS)" \
+  CMAKE_BUILD_PARALLEL_LEVEL=$(CORES) CFLAGS="$(NO_AMX) $(CFLAGS)" CXXFLAGS="$(NO_AMX) $(CXXFLAGS)"
 PIP_INSTALL := -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 .PHONY: demo test test-slow test-device lint types clean
@@ -74,4 +75,5 @@ $(DEVICE_VENV)/.test: $(DEVICE_VENV)/.made pyproject.toml constraints.txt
 	@command -v c++ >/dev/null || { \
 	  echo "llama.cpp needs a C++ compiler; on Debian:  sudo apt install g++ cmake"; exit 1; }
 	$(PYTHON) -m venv $*
+	echo 'set(LLAMA_BUILD_COMMON OFF)' > $*/llama.cmake
 	touch $@

@@ -51,6 +51,7 @@ ELSEWHERE = {
     },
     "edgeslm.serve_commands": {"serve": "Answer over HTTP, in the words of OpenAI's API."},
     "edgeslm.fleet_commands": {"deploy": "Copy ARTIFACT to devices over SSH and switch to it."},
+    "edgeslm.wheelhouse_commands": {"wheelhouse": "Gather wheels for an Arm device without a network."},
     "edgeslm.predict_commands": {
         "classify": "Classify texts: a text, a file or a pipe in, JSON lines out.",
         "predict": "Score windows of sensor readings: P(E|D), posterior, alarm.",

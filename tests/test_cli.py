@@ -37,6 +37,7 @@ COMMANDS = (
     "quantize",
     "report",
     "serve",
+    "wheelhouse",
 )
 
 

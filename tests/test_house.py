@@ -100,6 +100,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "__init__", "errors", "progress", "wording", "device", "doctor", "bundle", "onnx_file", "operators",
         "bench.report", "fleet",
     },
+    "cross_compile": {"errors", "progress", "atomic"},
+    "wheelhouse": {"__init__", "errors", "progress", "atomic", "bundle", "device", "linux_host", "cross_compile"},
+    "wheelhouse_commands": {"options", "layout", "wording", "wheelhouse"},
     "fleet_commands": {"options", "errors", "console_fleet", "fleet"},
     "predict_commands": {"options", "console_predict", "runtime"},
     "setup_commands": {"options", "console", "device", "doctor", "recipe"},
@@ -125,6 +128,7 @@ ONLY_LAZILY = {
     ("options", "progress"), ("training_commands", "learning"), ("training_commands", "console"),
     ("quantize_commands", "quantizing"), ("quantize_commands", "console"),
     ("fleet_commands", "fleet"), ("fleet_commands", "console_fleet"), ("chat_commands", "fleet_commands"),
+    ("wheelhouse_commands", "wheelhouse"), ("wheelhouse_commands", "layout"), ("wheelhouse_commands", "wording"),
     ("predict_commands", "runtime"), ("predict_commands", "console_predict"),
     *(("cli", name) for name in MAY_IMPORT["cli"] - {"options"}),
 }  # fmt: skip

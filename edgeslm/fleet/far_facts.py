@@ -28,8 +28,16 @@ def of(name):
         return version(name)
     except PackageNotFoundError:
         return None
+def needs(name):
+    try:
+        with open(os.path.join(sys.prefix, "wheelhouse.json")) as file:
+            return next(each["instruction_sets"] for each in json.load(file)["files"] if each["name"] == name)
+    except (OSError, ValueError, LookupError, StopIteration):
+        return []
+runtime = %r
 found = {"version": platform.python_version(), "executable": sys.executable,
-         "edgeslm": find_spec("edgeslm") is not None, "edgeslm_version": of("edgeslm"), "runtime_version": of(%r)}
+         "edgeslm": find_spec("edgeslm") is not None, "edgeslm_version": of("edgeslm"),
+         "runtime_version": of(runtime), "runtime_needs": needs(runtime)}
 print("@edgeslm " + json.dumps(found))
 """
 

@@ -39,6 +39,8 @@ RUNTIMES = {
 }
 """Format to the distribution that runs it, and to what is tried in a process of its own."""
 
+MAKE_WHEELS = "make wheels for this processor: edgeslm wheelhouse --for PROFILE --out DIR"
+
 READ = (
     "proc/cpuinfo", "proc/meminfo", "proc/loadavg", "proc/self/status", "proc/sys/kernel/osrelease",
     "proc/device-tree/model", "etc/os-release", "sys/devices/system/cpu/online",
@@ -203,6 +205,13 @@ def _runtime(facts: Facts, bundle: Bundle, machine: Facts) -> Check:
             f"install it there: pip install 'edgeslm[{bundle.format}]', or what edgeslm wheelhouse makes",
         )  # fmt: skip
     version, code, error = facts["python"]["runtime_version"], tried["returncode"], tried["error"]
+    sets = set(machine["instruction_sets"])
+    lacking = sorted(set(facts["python"].get("runtime_needs", ())) - sets)
+    if lacking and "neon" in sets:  # which all of these processors have: the others are known too
+        detail = (
+            f"{name} {version} was compiled for a processor with {', '.join(lacking)}, and this one has none"
+        )
+        return _check("runtime", "fault", detail, MAKE_WHEELS)
     if code == 0:
         return _knows_operators(bundle, name, version)
     if code is None:
@@ -220,7 +229,7 @@ def _death(code: int, engine: str, error: str, machine: Facts) -> tuple[str, str
         why = f"it was built for a processor with more than {machine['cpu_model'] or 'this one'}"
         return (
             f"{engine} dies of an illegal instruction: {why} (which has: {sets})",
-            "make wheels for this processor: edgeslm wheelhouse --for PROFILE --out DIR",
+            MAKE_WHEELS,
         )
     if name:
         return f"{engine} is killed by {name} while it is imported", ""

@@ -103,6 +103,36 @@ def test_what_stops_and_what_warns(
     assert one["hint"]
 
 
+@pytest.mark.parametrize(
+    ("needs", "lacking"), [(["neon"], None), (["neon", "dotprod", "fp16"], "with dotprod, fp16"), ([], None)]
+)
+def test_wheels_of_another_board_are_refused(bundle: Bundle, needs: list[str], lacking: str | None) -> None:
+    """They import, and die of an illegal instruction when they compute."""
+    facts = report()
+    facts["python"] |= {"runtime_needs": needs}
+    checks = found(bundle, facts)
+    assert ("runtime" in checks) == bool(lacking)
+    if lacking:
+        assert checks["runtime"]["result"] == "fault"
+        assert lacking in checks["runtime"]["detail"]
+        assert "edgeslm wheelhouse" in checks["runtime"]["hint"]
+
+
+def test_what_wheels_need_is_read_where_they_were_installed(tmp_path: Path) -> None:
+    files = [
+        {"name": "numpy", "instruction_sets": ["neon"]},
+        {"name": "x", "instruction_sets": ["neon", "sve"]},
+    ]
+    (tmp_path / "wheelhouse.json").write_text(json.dumps({"files": files}))
+    (tmp_path / "empty").mkdir()
+    for prefix, expected in ((tmp_path, ["neon", "sve"]), (tmp_path / "empty", [])):
+        program = f"import sys; sys.prefix = {str(prefix)!r}\n" + far_facts.LOOK % "x"
+        told = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        ).stdout
+        assert json.loads(told.removeprefix(far_facts.MARK))["runtime_needs"] == expected
+
+
 def test_python_is_too_old(bundle: Bundle) -> None:
     facts = report()
     facts["python"] |= {"version": "3.9.2"}
