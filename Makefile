@@ -49,7 +49,7 @@ types: $(VENV)/.test
 clean:
 	rm -rf $(VENV) $(DEVICE_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(VENV)/.demo: $(VENV)/.made pyproject.toml constraints.txt
+$(VENV)/.demo: $(VENV)/llama.cmake pyproject.toml constraints.txt
 	$(COMPILE) $(VENV)/bin/python $(PIP_INSTALL) -e ".[workstation,demo]"
 	touch $@
 
@@ -63,7 +63,7 @@ $(VENV)/.shuttle: $(VENV)/.test
 	$(VENV)/bin/python $(PIP_INSTALL) --no-deps --only-binary=:all: river==0.26.1 && touch $@ \
 	  || echo "no river here: the tests on its shuttle readings will be skipped"
 
-$(DEVICE_VENV)/.test: $(DEVICE_VENV)/.made pyproject.toml constraints.txt
+$(DEVICE_VENV)/.test: $(DEVICE_VENV)/llama.cmake pyproject.toml constraints.txt
 	$(COMPILE) $(DEVICE_VENV)/bin/python $(PIP_INSTALL) -e ".[gguf,onnx,test]"
 	touch $@
 
@@ -75,5 +75,7 @@ $(DEVICE_VENV)/.test: $(DEVICE_VENV)/.made pyproject.toml constraints.txt
 	@command -v c++ >/dev/null || { \
 	  echo "llama.cpp needs a C++ compiler; on Debian:  sudo apt install g++ cmake"; exit 1; }
 	$(PYTHON) -m venv $*
-	echo 'set(LLAMA_BUILD_COMMON OFF)' > $*/llama.cmake
 	touch $@
+
+$(VENV)/llama.cmake $(DEVICE_VENV)/llama.cmake: %/llama.cmake: %/.made
+	echo 'set(LLAMA_BUILD_COMMON OFF)' > $@
