@@ -47,6 +47,7 @@ ELSEWHERE = {
     },
     "edgeslm.chat_commands": {
         "chat": "Talk to ARTIFACT; a pipe is read as one message.",
+        "run": "Answer one message, or talk: the same as chat.",
         "generate": "Continue a prompt, with no chat template.",
     },
     "edgeslm.serve_commands": {"serve": "Answer over HTTP, in the words of OpenAI's API."},

@@ -36,6 +36,7 @@ COMMANDS = (
     "prune",
     "quantize",
     "report",
+    "run",
     "serve",
     "wheelhouse",
 )
@@ -143,6 +144,10 @@ def test_the_way_of_a_user_without_a_recipe(folder: Path) -> None:
     assert json.loads(done.stdout)["finish_reason"] in ("stop", "length")
     done = edgeslm("chat", "bundle", "--temperature", "0", "-n", "4", cwd=folder, stdin="the end")
     assert done.returncode == 0, done.stderr
+    for name in ("run", "chat"):
+        again = edgeslm(name, "bundle", "the end", "--temperature", "0", "-n", "4", cwd=folder)
+        assert again.stdout == done.stdout
+    assert "there is no message" in edgeslm("run", "bundle", " ", cwd=folder).stderr
     done = edgeslm("report", "bundle", "eval.json", "bench.json", "--out", "compared", "--json", cwd=folder)
     assert "<svg" in (folder / json.loads(done.stdout)["html"]).read_text()
 

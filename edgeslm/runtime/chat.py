@@ -91,6 +91,7 @@ class Streams:
 
 def chat_session(
     artifact: Path,
+    message: str | None = None,
     *,
     system: str | None,
     as_json: bool,
@@ -99,7 +100,7 @@ def chat_session(
     streams: Streams | None = None,
     **options: Any,
 ) -> None:
-    """Talk to `artifact`: at a terminal until Ctrl-D or Ctrl-C, from a pipe one message.
+    """Talk to `artifact`: answer `message`; without one at a terminal until Ctrl-D or Ctrl-C, from a pipe one message.
 
     options: fields of RunnerOptions and Sampling.  With as_json each answer is one JSON document.
     """
@@ -116,12 +117,12 @@ def chat_session(
             streams=streams,
             as_json=as_json,
         )
-        if streams.source.isatty():
+        if message is None and streams.source.isatty():
             chat.talk()
             return
-        message = streams.read_all().strip()
+        message = (streams.read_all() if message is None else message).strip()
         if not message:
-            raise DataError("there is no message on standard input", hint='echo "Hello" | edgeslm chat ...')
+            raise DataError("there is no message", hint='edgeslm chat ARTIFACT "Hello", or a pipe')
         _leave_if_interrupted(chat.answer(message))
 
 
