@@ -311,7 +311,8 @@ def _with_validity(text: str, run: Record) -> str:
 def _ttft(run: Record | None) -> str:
     if run is None or not run.get("ttft_s"):
         return wording.NOT_AVAILABLE
-    return f"{wording.duration(run['ttft_s'].get('p50'))} (prompt of {wording.conditions(run)})"
+    text = f"{wording.duration(run['ttft_s'].get('p50'))} (prompt of {wording.conditions(run)})"
+    return text if run.get("valid", True) else f"{text} INVALID: see prefill"
 
 
 def _gate(gate: Record | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -196,6 +197,12 @@ def test_bench_says_invalid_and_why() -> None:
     assert "INVALID: do not quote these numbers" in text
     assert records.NOISY in text
     assert "INVALID" not in console.bench_text(records.bench())
+
+
+def test_a_build_marks_the_first_token_of_a_spoiled_prefill() -> None:
+    slow = records.prefill(231.0, valid=False, reasons=[records.NOISY])
+    text = console.build_text(records.build(bench=records.bench(runs=[slow, records.decode(89)])))
+    assert re.search(r"^TTFT .* INVALID: see prefill$", text, re.M)
 
 
 def test_table_columns_line_up() -> None:

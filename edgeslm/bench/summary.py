@@ -20,7 +20,8 @@ MOST_COLUMNS = 3
 
 def verdicts(entries: Sequence[Entry]) -> list[Verdict]:
     """The gates and the invalid benchmarks of all results, what is wrong before what is right."""
-    found, passed = [], []
+    found: list[Verdict] = []
+    passed, invalid = [], []
     for entry in entries:
         gate, bench = entry.get("gate"), entry.get("bench") or {}
         if gate is not None and gate.get("passed"):
@@ -31,12 +32,25 @@ def verdicts(entries: Sequence[Entry]) -> list[Verdict]:
             items = [*map(wording.gate_miss, misses), *_bounds(entry, misses)]
             found.append(Verdict(state="missed", title=said_of(entry, entries, missed), lines=items))
         if bench.get("valid") is False:
-            said = "benchmark INVALID, do not quote its speed"
-            reasons = wording.invalid_reasons(bench)
-            found.append(Verdict(state="invalid", title=said_of(entry, entries, said), lines=reasons))
+            invalid.append(entry)
+    found += _invalid(invalid, entries)
     found += _passed(passed, entries)
     found += [Verdict(state="invalid", title=what, lines=[why]) for what, why in pareto.incomparable(entries)]
     return sorted(found, key=lambda verdict: ("missed", "invalid", "passed").index(verdict.state))
+
+
+def _invalid(invalid: Sequence[Entry], entries: Sequence[Entry]) -> list[Verdict]:
+    """What spoiled each benchmark; one verdict for many, which would fill the first page."""
+    reasons = [list(wording.invalid_reasons(entry["bench"])) for entry in invalid]
+    if len(invalid) > MOST_COLUMNS:
+        title = f"{len(invalid)} benchmarks INVALID, do not quote their speed"
+        lines = [f"{entry['label']}: {'; '.join(why)}" for entry, why in zip(invalid, reasons, strict=True)]
+        return [Verdict(state="invalid", title=title, lines=lines)]
+    said = "benchmark INVALID, do not quote its speed"
+    return [
+        Verdict(state="invalid", title=said_of(entry, entries, said), lines=why)
+        for entry, why in zip(invalid, reasons, strict=True)
+    ]
 
 
 def _passed(passed: Sequence[Entry], entries: Sequence[Entry]) -> list[Verdict]:
@@ -95,7 +109,7 @@ def summary(entries: Sequence[Entry]) -> list[Block]:
         ("prefill of", lambda e: wording.conditions(wording.headline(bench_runs(e), "prefill") or {})),
         ("decode", lambda e: _quoted(e, "decode")),
         ("decode of", lambda e: wording.conditions(wording.headline(bench_runs(e), "decode") or {})),
-        ("TTFT", lambda e: wording.duration(at(wording.headline(bench_runs(e), "prefill"), "ttft_s", "p50"))),
+        ("TTFT", lambda e: _first_token(wording.headline(bench_runs(e), "prefill"))),
         ("peak RSS", lambda e: wording.size(at(e, "bench", "memory", "peak_rss_bytes"))),
     )
     if len(entries) <= MOST_COLUMNS:
@@ -142,7 +156,7 @@ def _cards(entry: Entry) -> list[tuple[str, str, str]]:
         ("throughput", _quoted(entry, "predict"), wording.conditions(predict or {})),
         ("prefill", _quoted(entry, "prefill"), wording.conditions(prefill or {})),
         ("decode", _quoted(entry, "decode"), wording.conditions(decode or {})),
-        ("time to first token", wording.duration(at(prefill, "ttft_s", "p50")), wording.conditions(prefill or {})),
+        ("time to first token", _first_token(prefill), wording.conditions(prefill or {})),
         ("peak RSS", wording.size(at(bench, "memory", "peak_rss_bytes")),
          f"{wording.size(at(bench, 'memory', 'file_backed_bytes'))} of it file-backed"),
     ]  # fmt: skip
@@ -167,6 +181,12 @@ def _quoted(entry: Entry, kind: str) -> str:
     speed = wording.speed_of(run)
     text = wording.item_rate(speed) if kind == "predict" else wording.rate(speed)
     return f"INVALID {text}" if run.get("valid") is False else text
+
+
+def _first_token(prefill: Mapping[str, Any] | None) -> str:
+    """The median time to the first token, marked where the prefill is not to be quoted."""
+    text = wording.duration(at(prefill, "ttft_s", "p50"))
+    return f"INVALID {text}" if at(prefill, "valid") is False and text != wording.NOT_AVAILABLE else text
 
 
 def _latency(entry: Entry, share: str) -> str:

@@ -693,3 +693,22 @@ def test_alarms_machine_by_machine() -> None:
     assert re.search(r"\| bearing-02 +\| 41.0 s +\| missed +\|", text)
     assert "2 earlier, 0 later" in text
     assert "bearing-03" in report.render_html(document)
+
+
+def test_many_invalid_benchmarks_share_one_verdict() -> None:
+    found = [records.invalid_bench() for _ in range(4)]
+    for number, record in enumerate(found):
+        record["artifact"] |= {"name": f"result-{number}", "digest": f"{number}" * 64}
+    for count, titles in ((3, 3), (4, 1)):
+        markdown = report.render_markdown(report_document(found[:count]))
+        assert len(re.findall(r"INVALID, do not quote", markdown)) == titles
+        assert len(re.findall(rf"^- .*{re.escape(records.NOISY)}", markdown, re.M)) >= count
+    assert "**4 benchmarks INVALID, do not quote their speed**" in markdown
+    assert f"- 3: decode 128 tokens, 2 threads: {records.NOISY}" in markdown
+
+
+def test_the_first_token_of_a_spoiled_prefill_is_not_quoted_either() -> None:
+    slow = records.prefill(231.0, valid=False, reasons=[records.NOISY])
+    record = records.bench("Q4_K_M", [slow, records.decode(61.5)])
+    markdown = report.render_markdown(report_document([record]))
+    assert re.search(r"time to first token \| INVALID \d", markdown)
