@@ -24,6 +24,7 @@ import numpy as np
 
 from edgeslm.bench import statistics
 from edgeslm.bench.quality import Scores, score_logits
+from edgeslm.onnx_file import data_file
 from edgeslm.specs import CalibrateSpec, OnnxSpec, QuantizeSpec
 from edgeslm.stages import calibrate, decoder_graph, external_data, onnx_session
 from edgeslm.stages.checkpoint import Checkpoint, model_directory
@@ -58,7 +59,14 @@ def main() -> int:
             spec = QuantizeSpec(format="onnx", scheme=scheme, onnx=OnnxSpec(**options))
             paths[label] = folder / label.replace(" ", "-") / "model.onnx"
             quantize_decoder(float32, paths[label], spec, importance=importance, windows=kept)
-        result = compare(float32, paths, heldout)
+        width = head_dim(arguments.model)
+        result = compare(
+            open_model(float32, width),
+            {label: open_model(path, width) for label, path in paths.items()},
+            heldout,
+        )
+        for label, path in paths.items():
+            result[label]["bytes"] = sum(file.stat().st_size for file in (path, data_file(path)))
     print(f"{'':28}{'MB':>8}{'KL nats':>10}{'95 %':>20}{'top-1':>8}")
     for label, row in result.items():
         interval = f"{row['low']:.4f} - {row['high']:.4f}"
@@ -111,30 +119,37 @@ def measure_importance(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
     return calibrate.load_importance(out)
 
 
-def compare(float32: Path, paths: dict[str, Path], windows: np.ndarray) -> dict[str, dict[str, float]]:
+def compare(reference: Any, sessions: dict[str, Any], windows: np.ndarray) -> dict[str, dict[str, float]]:
     """Each model against the float32 graph on the second half of every window."""
-    reference = open_model(float32)
-    sessions = {label: open_model(path) for label, path in paths.items()}
-    scores: dict[str, list[Scores]] = {label: [] for label in paths}
+    scores: dict[str, list[Scores]] = {label: [] for label in sessions}
     half = CONTEXT // 2
     for window in windows:
         theirs = onnx_session.logits(reference, window[None], first=half)[:-1]
         for label, session in sessions.items():
             ours = onnx_session.logits(session, window[None], first=half)[:-1]
             scores[label].append(score_logits(ours, theirs, window[half + 1 :]))
-    return {label: summary(found, paths[label]) for label, found in scores.items()}
+    return {label: summary(found) for label, found in scores.items()}
 
 
-def open_model(path: Path) -> Any:
-    return onnx_session.open_session(external_data.load_graph(path), path.parent)
+def head_dim(model: Path) -> int:
+    config = json.loads((model / "config.json").read_text())
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def summary(scores: list[Scores], path: Path) -> dict[str, float]:
+def open_model(path: Path, width: int) -> Any:
+    """A session; width: of a head, which the builder's graphs don't say."""
+    model = external_data.load_graph(path)
+    for value in model.graph.input:
+        if value.name.startswith("past_key_values"):
+            value.type.tensor_type.shape.dim[3].dim_value = width
+    return onnx_session.open_session(model, path.parent)
+
+
+def summary(scores: list[Scores]) -> dict[str, float]:
     compared = [score.comparison for score in scores if score.comparison is not None]
     kl = statistics.mean(np.stack([comparison.kl_nats for comparison in compared]))
     record = kl.as_record()
     return {
-        "bytes": sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data"))),
         "kl_nats": kl.value,
         "low": record["low"] if record["low"] is not None else float("nan"),
         "high": record["high"] if record["high"] is not None else float("nan"),
