@@ -174,6 +174,7 @@ def open_work(
     """
     import fcntl
 
+    path = path.absolute()  # results name each other, and a recipe reads relative paths from its own folder
     is_new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     if team is not None and not team.is_main:

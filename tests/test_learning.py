@@ -405,3 +405,21 @@ def test_two_processes_learn_what_one_does(recipe: str, request: pytest.FixtureR
         losses = [[point["loss"] for each in training for point in each[points]] for training in (one, two)]
         assert losses[0]
         assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+@pytest.mark.workstation
+def test_simulated_bearings_into_a_relative_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe is in one folder, the build starts in another and names its result from there."""
+    pytest.importorskip("torch")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "r.toml").write_text(
+        'name = "bearing"\ntask = "sensor-classification"\nseed = 7\n'
+        "[simulate]\nunits = 4\nlife_s = 90\nwarning_s = 30\nsample_hz = 2048\n"
+        "[windows]\nrows = 8\nstride = 4\n[finetune]\nunits = 4\n"
+        "[finetune.train]\nmax_steps = 2\nbatch_size = 8\n[bench]\nbatch_sizes = [1]\nrepetitions = 1\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    result = pipeline.build(load_recipe(Path("recipes/r.toml")), Path("build/bearing"))
+    assert result is not None
+    assert ran(result)[0] == "simulate"
+    assert open_bundle(tmp_path / "build" / "bearing", verify=True).is_classifier
