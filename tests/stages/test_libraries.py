@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytestmark = pytest.mark.workstation
 
 from edgeslm.errors import ModelError  # noqa: E402
@@ -18,7 +18,7 @@ def test_this_release_will_do() -> None:
 
 
 def test_another_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.23.0")
+    monkeypatch.setattr("transformers.__version__", "5.23.0")
     with pytest.raises(ModelError, match=r"chat: loading it needs transformers 4\.57, 5\.23\.0") as caught:
         need_transformers("chat")
     assert "transformers==4.57.*" in caught.value.hint
