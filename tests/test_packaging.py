@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -25,13 +26,24 @@ MOST_BYTES = 60_000_000
 """What an installation of the device half may take, without engines and what they bring themselves."""
 
 
+PRIVATE = ("recipes/data/mails.tsv", "recipes/mine.toml", "devices/my.toml")
+"""Put beside what the package ships: texts to learn from, a recipe, a probed device."""
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if find_spec("hatchling") is None or find_spec("pip") is None:
         pytest.skip("hatchling or pip is not installed")
     out = tmp_path_factory.mktemp("wheel")
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("edgeslm", "recipes", "devices"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in PRIVATE:
+        (tree / name).write_text("a user's own")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet",
-               "--disable-pip-version-check", "--wheel-dir", str(out), str(ROOT)]  # fmt: skip
+               "--disable-pip-version-check", "--wheel-dir", str(out), str(tree)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (path,) = out.glob("*.whl")
@@ -39,7 +51,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_members(wheel: Path) -> None:
-    """Every file of the package, both data folders, and nothing of the tests."""
+    """Every file of the package and both data folders, nothing of the tests, and nothing of a user's own."""
     assert wheel.name == f"edgeslm-{__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         members = set(archive.namelist())
@@ -52,11 +64,12 @@ def test_members(wheel: Path) -> None:
         f"edgeslm/{path.relative_to(ROOT).as_posix()}"
         for folder in ("recipes", "devices")
         for path in (ROOT / folder).rglob("*")
-        if path.is_file()
+        if path.is_file() and path.suffix != ".tsv" and "__pycache__" not in path.parts
     }
     assert source | data <= members
     extra = members - source - data
     assert all(name.startswith(f"edgeslm-{__version__}.dist-info/") for name in extra), extra
+    assert not {f"edgeslm/{name}" for name in PRIVATE} & members
     assert "edgeslm/py.typed" in members
     assert "edgeslm/recipes/data/chat.jsonl" in members
 
