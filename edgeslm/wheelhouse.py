@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeslm import __version__
 from edgeslm.atomic import assembling, way_out
-from edgeslm.bundle import open_bundle
+from edgeslm.bundle import file_sha256, open_bundle
 from edgeslm.cross_compile import EXTENSIONS, NETWORK, llama_wheel, pip, record_of, run, wheel_tool
 from edgeslm.device import list_devices, load_device
 from edgeslm.errors import EdgeslmError
@@ -217,11 +217,10 @@ def _record(
         sets: Sequence[str] = () if tag == "any" else BASELINE
         if path.name in compiled:
             sets = [*BASELINE, *(each for each in EXTENSIONS if each in device.instruction_sets)]
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         files.append({
-            "path": path.name, "bytes": path.stat().st_size, "sha256": sha256, "name": name.replace("_", "-"),
-            "version": version, "compiled_here": path.name in compiled, "instruction_sets": list(sets),
+            "path": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path),
+            "name": name.replace("_", "-"), "version": version, "compiled_here": path.name in compiled,
+            "instruction_sets": list(sets),
         })  # fmt: skip
     needed = {each for file in files for each in file["instruction_sets"]}
     return {

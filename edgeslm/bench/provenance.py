@@ -241,9 +241,8 @@ def _bench(entry: Entry, path: str) -> list[str]:
         words += ["--kv-type", first["kv_type"]]
     if first.get("flash_attention") is not None:
         words += ["-fa", "on" if first["flash_attention"] else "off"]
-    on_mac = str(at(entry, "bench", "machine", "os")).startswith(
-        "macOS"
-    )  # there all layers are on the GPU unasked
+    # on a Mac all layers are on the GPU unasked, so that none of them is an option too
+    on_mac = str(at(entry, "bench", "machine", "os")).startswith("macOS")
     if first.get("gpu_layers") or (on_mac and first.get("gpu_layers") == 0):
         words += ["-ngl", f"{first['gpu_layers']:.0f}"]
     return [_shell(*words, *(["--no-mmap"] if first.get("mmap") is False else []))]

@@ -184,13 +184,15 @@ def _quoted(entry: Entry, kind: str) -> str:
 
 
 def _first_token(prefill: Mapping[str, Any] | None) -> str:
-    """The median time to the first token, marked where the prefill is not to be quoted."""
-    text = wording.duration(at(prefill, "ttft_s", "p50"))
-    return f"INVALID {text}" if at(prefill, "valid") is False and text != wording.NOT_AVAILABLE else text
+    """The median time to the first token, or that it is not to be quoted."""
+    return _marked(wording.duration(at(prefill, "ttft_s", "p50")), prefill)
 
 
 def _latency(entry: Entry, share: str) -> str:
     """The latency of the smallest batch, or that it is not to be quoted."""
     run = wording.fastest_call(bench_runs(entry))
-    text = wording.duration(at(run, "latency_s", share))
+    return _marked(wording.duration(at(run, "latency_s", share)), run)
+
+
+def _marked(text: str, run: Mapping[str, Any] | None) -> str:
     return f"INVALID {text}" if at(run, "valid") is False and text != wording.NOT_AVAILABLE else text
